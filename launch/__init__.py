@@ -1,0 +1,1 @@
+"""Launch and supervise runs. Imports no torch."""

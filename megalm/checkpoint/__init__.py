@@ -1,0 +1,1 @@
+"""Checkpoint folders: write, verify, load."""

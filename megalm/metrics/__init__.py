@@ -1,0 +1,1 @@
+"""Meters, FLOPs, where records go, and pictures."""

@@ -1,0 +1,46 @@
+"""A whole model: the block's sizes, how many of them, and both ends."""
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from megalm.nn.config import BlockConfig
+
+
+class ModelConfig(BlockConfig):
+    """A decoder-only Transformer language model."""
+
+    vocab_size: PositiveInt | None = None
+    """Number of token ids. Default: the tokenizer's."""
+    pad_vocab_to_multiple_of: PositiveInt = 128
+    """Rows of the embedding are rounded up to this, whatever the layout; the extra logits are masked out."""
+    num_layers: PositiveInt = 4
+    """Transformer blocks."""
+    tie_word_embeddings: bool = False
+    """The output head shares the embedding's weight."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+    scale_output_init: bool = True
+    """Projections into the residual stream start at init_std / sqrt(2 x num_layers) (GPT-2)."""
+    z_loss: NonNegativeFloat = Field(0.0)
+    """Weight of the squared log-normaliser added to the loss (PaLM, section 5)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        heads, groups = self.num_attention_heads, self.key_value_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}: "
+                "change one of them or set head_dim"
+            )
+        if heads % groups:
+            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+        if self.position == "rotary" and self.head_width % 2:
+            raise ValueError(f"rotary positions need an even head_dim, not {self.head_width}")
+        if self.sliding_window and self.position == "alibi":
+            raise ValueError("sliding_window with alibi positions is not supported: choose one")
+        return self
+
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to pad_vocab_to_multiple_of."""
+        assert self.vocab_size is not None
+        multiple = self.pad_vocab_to_multiple_of
+        return -(-self.vocab_size // multiple) * multiple

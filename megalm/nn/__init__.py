@@ -1,0 +1,1 @@
+"""Plain torch: knows shapes, knows no process group."""

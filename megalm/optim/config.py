@@ -1,0 +1,41 @@
+"""The optimizer and the learning rate's course."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from megalm.config import Config
+
+
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov and Hutter 2019)."""
+
+    learning_rate: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the square root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of matrices; norms, biases and other vectors are left alone."""
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    implementation: Literal["auto", "torch", "torch_fused", "deepspeed", "apex"] = "auto"
+    """AdamW's kernel; `auto` takes DeepSpeed's FusedAdam or NVIDIA apex's where they build, else torch's fused one."""
+
+
+class ScheduleConfig(Config):
+    """Learning rate as a function of the step."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
+    """Course after warm-up. `wsd`: constant, then a linear decay over the last decay_steps."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear growth from 0."""
+    total_steps: PositiveInt | None = None
+    """Step at which the lowest rate is reached. Default: train.steps."""
+    decay_steps: NonNegativeInt | None = None
+    """wsd: steps of the final decay. Default: a tenth of total_steps."""
+    min_ratio: float = Field(0.1, ge=0.0, le=1.0)
+    """Lowest rate, as a share of the peak."""

@@ -1,0 +1,1 @@
+"""Knows process groups: tensor and pipeline parallelism, the DeepSpeed engine, the device."""

@@ -1,0 +1,1 @@
+"""Concerns of the loop that are not the loop."""

@@ -1,0 +1,107 @@
+"""The whole run: one tree, each branch owned by the package that uses it."""
+
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from megalm.checkpoint.config import CheckpointConfig
+from megalm.config import Config
+from megalm.data.config import DataConfig
+from megalm.metrics.config import LoggingConfig
+from megalm.models.config import ModelConfig
+from megalm.optim.config import OptimizerConfig, ScheduleConfig
+from megalm.parallel.config import ParallelConfig
+
+
+class RunSection(Config):
+    """What the run is called and what its randomness starts from."""
+
+    directory: str
+    """Folder of the run: config, metrics, picture and checkpoints."""
+    seed: NonNegativeInt = 1234
+    """Seed of weights, sample order and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU where there is one."""
+
+
+class TrainSection(Config):
+    """Length, batch and precision."""
+
+    steps: PositiveInt
+    """Optimizer steps."""
+    global_batch_size: PositiveInt
+    """Sequences per step, over all ranks and accumulation."""
+    micro_batch_size: PositiveInt
+    """Sequences per forward pass of one rank."""
+    sequence_length: PositiveInt
+    """Tokens a sequence predicts."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the forward and backward pass; master weights and optimizer are fp32."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """What a step with a non-finite loss or gradient norm does. `rollback` reloads the newest checkpoint."""
+    on_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
+    """What a step whose gradient norm is above spike_factor times its running mean does."""
+    spike_factor: PositiveFloat = 10.0
+    """See on_spike."""
+    max_anomalies: PositiveInt = 10
+    """Skips and rollbacks after which the run stops."""
+
+
+class EvaluateSection(Config):
+    """Held-out loss during training."""
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations; the last step always evaluates. 0: only the last."""
+    sequences: PositiveInt = 64
+    """Sequences per held-out corpus, from its start."""
+
+
+class RunConfig(Config):
+    """A training run."""
+
+    run: RunSection
+    """Name and seed."""
+    model: ModelConfig = ModelConfig()
+    """The network."""
+    data: DataConfig = DataConfig()
+    """Samples."""
+    train: TrainSection
+    """Length, batch, precision."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout over ranks."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and resuming."""
+    evaluate: EvaluateSection = EvaluateSection()
+    """Held-out loss."""
+    logging: LoggingConfig = LoggingConfig()
+    """Reports."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Passed to DeepSpeed for what megalm does not name; a key megalm owns is refused."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        train, parallel = self.train, self.parallel
+        if train.global_batch_size % train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size {train.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size {train.micro_batch_size}"
+            )
+        if train.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"train.sequence_length {train.sequence_length} is above model.max_position_embeddings "
+                f"{self.model.max_position_embeddings}: raise the latter"
+            )
+        if parallel.sequence_parallel and train.sequence_length % parallel.tensor:
+            raise ValueError(
+                f"train.sequence_length {train.sequence_length} is not a multiple of parallel.tensor "
+                f"{parallel.tensor}, which parallel.sequence_parallel needs"
+            )
+        if not self.data.sources:
+            raise ValueError("data.sources is empty: name at least one shard folder")
+        if not self.data.tokenizer:
+            raise ValueError("data.tokenizer is empty: name the tokenizer the shards were written with")
+        return self
