@@ -31,7 +31,7 @@ class Spec:
         return self.std is not None
 
 
-def declare(parameter: nn.Parameter, spec: Spec) -> None:
+def declare(parameter: Tensor, spec: Spec) -> None:
     """Attach `spec`; every parameter of a model carries one."""
     parameter.spec = spec  # type: ignore[attr-defined]
 

@@ -7,10 +7,10 @@ Shapes: tokens = batch x seq, flattened batch-major; T is the tensor-parallel de
 megatron-core's layers; the model cannot tell them apart.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalm.nn.cross_entropy import cross_entropy, logsumexp
 from megalm.nn.init import Spec, declare
 
 
@@ -64,8 +64,8 @@ class Layers:
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """-log p(label) of every token: [tokens, rows / T], [tokens] -> [tokens], in fp32."""
-        return F.cross_entropy(logits.float(), labels, reduction="none")
+        return cross_entropy(logits, labels)
 
     def logsumexp(self, logits: Tensor) -> Tensor:
         """Log-normaliser over the whole vocabulary: [tokens, rows / T] -> [tokens], in fp32."""
-        return torch.logsumexp(logits.float(), dim=-1)
+        return logsumexp(logits)

@@ -1,0 +1,170 @@
+"""The decoder-only language model as a list of layers: embedding, blocks, norm, head."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megalm.models.config import ModelConfig
+from megalm.nn.block import Block, Recompute
+from megalm.nn.init import initialize
+from megalm.nn.layers import Layers
+from megalm.nn.norm import hidden_norm
+from megalm.nn.position import PositionTable
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer of a model, not built yet, so that a pipeline stage builds only its own."""
+
+    name: str
+    """`embedding`, `positions`, `blocks.0`, ..., `norm`, `head`: the prefix of its parameters' names."""
+    build: Callable[[], nn.Module]
+    """Makes the layer; initialize() then fills its parameters."""
+    tied_to: str | None = None
+    """The layer whose table it shares, through its method tie()."""
+
+
+class Embedding(nn.Module):
+    """Token ids [batch, seq] -> hidden states. Layer: (tokens, segment_ids, positions, sample_ids) -> stream."""
+
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+        super().__init__()
+        assert config.vocab_size is not None, "the tokenizer's size is filled in before a model is built"
+        self.table = layers.embedding(
+            config.vocab_size, config.padded_vocab_size(), config.hidden_size, std=config.init_std
+        )
+
+    def forward(self, stream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        tokens, *rest = stream
+        return self.table(tokens.flatten()), *rest
+
+
+def _weight(table: nn.Module) -> nn.Parameter:
+    assert isinstance(table.weight, nn.Parameter)
+    return table.weight
+
+
+class FinalNorm(nn.Module):
+    """The norm before the head. Layer: stream -> stream."""
+
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+        super().__init__()
+        self.norm = hidden_norm(config, layers)
+
+    def forward(self, stream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *rest = stream
+        return self.norm(hidden), *rest
+
+
+class Head(nn.Module):
+    """Logits of the next token. Layer: stream -> [tokens, padded_vocab / T]; padding columns can not be predicted."""
+
+    weight: Tensor
+
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+        super().__init__()
+        assert config.vocab_size is not None, "the tokenizer's size is filled in before a model is built"
+        self.layers = layers
+        rows = config.padded_vocab_size() // layers.tensor_size
+        self.real_columns = min(max(config.vocab_size - layers.tensor_rank * rows, 0), rows)
+        self.columns = rows
+        if not config.tie_word_embeddings:
+            table = layers.embedding(
+                config.vocab_size, config.padded_vocab_size(), config.hidden_size, std=config.init_std
+            )
+            self.register_parameter("weight", _weight(table))
+
+    def tie(self, embedding: Embedding) -> None:
+        """Use the embedding's table, the same parameter, as weight."""
+        self.register_parameter("weight", _weight(embedding.table))
+
+    def forward(self, stream: tuple[Tensor, ...]) -> Tensor:
+        logits = self.layers.project(self.layers.enter(stream[0]), self.weight)
+        if self.real_columns < self.columns:
+            # Unseen by autograd: a probability of exactly zero has a gradient of exactly zero.
+            logits.detach()[:, self.real_columns :] = torch.finfo(logits.dtype).min
+        return logits
+
+
+def decoder(
+    config: ModelConfig, layers: Layers, *, seed: int, segmented: bool = True, recompute: Recompute = "none"
+) -> list[LayerSpec]:
+    """The layers of `config`, in order.
+
+    seed: of dropout. segmented: False promises that every row is one segment. recompute: what is computed again in the
+    backward pass.
+    """
+    output_std = config.init_std
+    if config.scale_output_init:
+        output_std /= (2 * config.num_layers) ** 0.5
+
+    def block(name: str) -> Callable[[], nn.Module]:
+        return lambda: Block(
+            config,
+            layers,
+            name=name,
+            std=config.init_std,
+            output_std=output_std,
+            seed=seed,
+            segmented=segmented,
+            recompute=recompute,
+        )
+
+    specs = [LayerSpec("embedding", lambda: Embedding(config, layers))]
+    if config.position in ("learned", "sinusoidal") or config.hidden_dropout:
+        specs.append(LayerSpec("positions", lambda: PositionTable(config, layers, std=config.init_std, seed=seed)))
+    specs += [LayerSpec(f"blocks.{i}", block(f"blocks.{i}")) for i in range(config.num_layers)]
+    specs.append(LayerSpec("norm", lambda: FinalNorm(config, layers)))
+    tied_to = "embedding" if config.tie_word_embeddings else None
+    specs.append(LayerSpec("head", lambda: Head(config, layers), tied_to=tied_to))
+    return specs
+
+
+def full_name(specs: Sequence[LayerSpec], name: str) -> str:
+    """A parameter's name in the model from its name by layer index: `3.attention.query.weight` (with positions in a
+    layer of their own) -> `blocks.1.attention.query.weight`.
+    """
+    index, _, suffix = name.partition(".")
+    return f"{specs[int(index)].name}.{suffix}"
+
+
+class LayerList(nn.Module):
+    """A whole model in one process: children are named by layer index, and forward is a loop over them."""
+
+    def __init__(self, specs: Sequence[LayerSpec], modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.specs = list(specs)
+        for index, module in enumerate(modules):
+            self.add_module(str(index), module)
+
+    def forward(self, stream: tuple[Tensor, ...]) -> Tensor:
+        """(tokens [batch, seq], segment_ids, positions, sample_ids) -> logits [tokens, padded_vocab / T]."""
+        flowing: tuple[Tensor, ...] | Tensor = stream
+        for layer in self.children():
+            flowing = layer(flowing)
+        assert isinstance(flowing, Tensor)
+        return flowing
+
+    def layer(self, name: str) -> nn.Module:
+        """The layer that its spec calls `name`."""
+        return self.get_submodule(str([spec.name for spec in self.specs].index(name)))
+
+    def named_weights(self) -> dict[str, nn.Parameter]:
+        """Every parameter by its full name; a tied one once, as the embedding's."""
+        return {full_name(self.specs, name): parameter for name, parameter in self.named_parameters()}
+
+
+def build_model(specs: Sequence[LayerSpec], seed: int, tensor_rank: int = 0, tensor_size: int = 1) -> LayerList:
+    """Build every layer, draw its weights and tie what is tied."""
+    built = {}
+    for spec in specs:
+        built[spec.name] = spec.build()
+        initialize(built[spec.name], spec.name, seed, tensor_rank, tensor_size)
+    for spec in specs:
+        if spec.tied_to is not None:
+            head, embedding = built[spec.name], built[spec.tied_to]
+            assert isinstance(head, Head) and isinstance(embedding, Embedding)
+            head.tie(embedding)
+    return LayerList(specs, list(built.values()))

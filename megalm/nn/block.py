@@ -1,0 +1,94 @@
+"""The pre-norm Transformer block."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megalm.nn.attention import Attention
+from megalm.nn.config import BlockConfig
+from megalm.nn.dropout import Dropout, token_rows
+from megalm.nn.feedforward import FeedForward
+from megalm.nn.kernels import MaskKind
+from megalm.nn.layers import Layers
+from megalm.nn.norm import hidden_norm
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then, where the slot is filled, + cross-attention(norm(x)), then + feed-forward(norm(x)).
+
+    Layer: the stream (hidden, segment_ids, positions, sample_ids) -> the stream. With cross-attention the stream ends
+    in (context, context_segments), which pass through.
+    """
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        layers: Layers,
+        *,
+        name: str,
+        std: float,
+        output_std: float,
+        seed: int,
+        kind: MaskKind = "causal",
+        segmented: bool = True,
+        cross_attention: bool = False,
+        recompute: Recompute = "none",
+    ) -> None:
+        super().__init__()
+        self.layers = layers
+        self.row_length = config.max_position_embeddings
+        self.recompute = recompute
+
+        def attend(site: str, cross: bool) -> Attention:
+            return Attention(
+                config,
+                layers,
+                std=std,
+                output_std=output_std,
+                seed=seed,
+                site=f"{name}.{site}",
+                kind=kind,
+                segmented=segmented,
+                cross=cross,
+                recompute=recompute == "selective",
+            )
+
+        def drop(site: str) -> Dropout:
+            return Dropout(config.hidden_dropout, seed, f"{name}.{site}")
+
+        self.attention_norm = hidden_norm(config, layers)
+        self.attention = attend("attention", cross=False)
+        self.attention_dropout = drop("attention")
+        self.cross_attention_norm = hidden_norm(config, layers) if cross_attention else None
+        self.cross_attention = attend("cross_attention", cross=True) if cross_attention else None
+        self.cross_attention_dropout = drop("cross_attention")
+        self.feed_forward_norm = hidden_norm(config, layers)
+        self.feed_forward = FeedForward(config, layers, std=std, output_std=output_std)
+        self.feed_forward_dropout = drop("feed_forward")
+
+    def forward(self, stream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.recompute == "full" and torch.is_grad_enabled():
+            hidden = checkpoint(self._hidden, *stream, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden = self._hidden(*stream)
+        return hidden, *stream[1:]
+
+    def _hidden(
+        self, x: Tensor, segment_ids: Tensor, positions: Tensor, sample_ids: Tensor, *context: Tensor
+    ) -> Tensor:
+        rows = None
+        if self.attention_dropout.active:
+            rows = self.layers.split(token_rows(positions, sample_ids, self.row_length))
+        where = (segment_ids, positions, sample_ids)
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), *where), rows)
+        if self.cross_attention is not None and self.cross_attention_norm is not None:
+            encoded, encoded_segments = context
+            mixed = self.cross_attention(
+                self.cross_attention_norm(x), *where, context=encoded, context_segments=encoded_segments
+            )
+            x = x + self.cross_attention_dropout(mixed, rows)
+        return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)), rows)

@@ -1,0 +1,374 @@
+"""The attention seam: one function, and a table of the kernels that can stand behind it.
+
+Shapes: q [batch, queries, heads, head_dim]; k and v [batch, keys, kv_heads, head_dim], where heads is a multiple of
+kv_heads and query head h uses key head h // (heads / kv_heads).
+"""
+
+import contextlib
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megalm.errors import MegalmError
+from megalm.nn.dropout import AttentionDropout
+
+MaskKind = Literal["causal", "full", "prefix"]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query sees. Every query must see at least one.
+
+    Queries and keys are aligned at their starts: key j is in the past of query i if j <= i.
+    """
+
+    kind: MaskKind = "causal"
+    """`causal`: the past; `full`: everything; `prefix`: the past and the first prefix_lengths keys (T5, UniLM)."""
+    window: int | None = None
+    """Only keys at a distance below this."""
+    query_segments: Tensor | None = None
+    """[batch, queries] Only keys of the query's own segment. None: all are of one segment."""
+    key_segments: Tensor | None = None
+    """[batch, keys]"""
+    prefix_lengths: Tensor | None = None
+    """[batch]"""
+    slopes: Tensor | None = None
+    """[heads] ALiBi: the score falls by slope x distance."""
+    dropout: AttentionDropout | None = None
+    """Dropout of attention weights."""
+
+    def visible(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """True where the query sees the key: [batch or 1, 1, queries, keys]; None if every query sees every key."""
+        i = torch.arange(queries, device=device)[:, None]
+        j = torch.arange(keys, device=device)
+        conditions = []
+        if self.kind == "causal":
+            conditions.append((j <= i)[None, None])
+        elif self.kind == "prefix":
+            assert self.prefix_lengths is not None, "a prefix mask needs prefix_lengths"
+            conditions.append((j <= i) | (j < self.prefix_lengths[:, None, None, None]))
+        if self.window is not None:
+            conditions.append(((i - j).abs() < self.window)[None, None])
+        if self.query_segments is not None:
+            assert self.key_segments is not None
+            conditions.append((self.query_segments[:, :, None] == self.key_segments[:, None, :])[:, None])
+        if not conditions:
+            return None
+        seen = conditions[0]
+        for condition in conditions[1:]:
+            seen = seen & condition
+        return seen
+
+    def bias(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """What ALiBi adds to the scores: [1, heads, queries, keys], fp32."""
+        if self.slopes is None:
+            return None
+        distance = (torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)).abs()
+        return (-self.slopes[:, None, None] * distance)[None]
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a run asks of a backend."""
+
+    device: str
+    """`cpu` or `cuda`."""
+    dtype: torch.dtype
+    head_dim: int = 64
+    group: int = 1
+    """Query heads per key head."""
+    kind: MaskKind = "causal"
+    segments: bool = False
+    window: bool = False
+    alibi: bool = False
+    dropout: bool = False
+    unequal_lengths: bool = False
+    """Keys are not as many as queries (cross-attention)."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One kernel: how to call it, what must be importable, and what it can do."""
+
+    name: str
+    run: Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
+    module: str | None = None
+    install: str = ""
+    """How to get the module."""
+    devices: tuple[str, ...] = ("cuda",)
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    kinds: tuple[str, ...] = ("causal", "full")
+    segments: bool = False
+    window: bool = False
+    alibi: bool = False
+    dropout: bool = False
+    unequal_lengths: bool = False
+
+    def refusal(self, needs: Requirements) -> str | None:
+        """Why it cannot serve, or None."""
+        if needs.device not in self.devices:
+            return f"it does not run on {needs.device}"
+        if needs.dtype not in self.dtypes:
+            return f"it does not compute in {str(needs.dtype).removeprefix('torch.')}"
+        if needs.kind not in self.kinds:
+            return f"it has no {needs.kind} mask"
+        lacks = {
+            "segments": "packed documents (data.attend_across_documents: false)",
+            "window": "a sliding window",
+            "alibi": "alibi positions",
+            "dropout": "reproducible attention dropout",
+            "unequal_lengths": "cross-attention",
+        }
+        for feature, words in lacks.items():
+            if getattr(needs, feature) and not getattr(self, feature):
+                return f"it does not support {words}"
+        if self.module is not None:
+            try:
+                importlib.import_module(self.module)
+            except Exception as error:  # a kernel built for another torch or GPU fails in any way it likes
+                return f"{self.module} does not import ({error}); {self.install}"
+        return None
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """softmax(q k' / sqrt(head_dim)) v, written out, at least in fp32. The reference for the others."""
+    batch, queries, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1], k.shape[2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    # [batch, kv_heads, group, queries or keys, head_dim]
+    q5 = _heads_first(q.to(wide)).unflatten(1, (kv_heads, heads // kv_heads))
+    k5, v5 = (_heads_first(x.to(wide)).unsqueeze(2) for x in (k, v))
+    scores = (q5 @ k5.transpose(-1, -2) / math.sqrt(head_dim)).reshape(batch, heads, queries, keys)
+    bias = mask.bias(queries, keys, q.device)
+    if bias is not None:
+        scores = scores + bias
+    visible = mask.visible(queries, keys, q.device)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    weights = scores.softmax(dim=-1)
+    if mask.dropout is not None:
+        weights = mask.dropout.apply(weights)
+    mixed = weights.unflatten(1, (kv_heads, heads // kv_heads)) @ v5
+    return _heads_first(mixed.flatten(1, 2)).to(q.dtype)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """torch's scaled_dot_product_attention, whichever kernel it takes for the mask."""
+    queries, keys = q.shape[1], k.shape[1]
+    grouped = q.shape[2] != k.shape[2]
+    simple = mask.kind != "prefix" and mask.query_segments is None and mask.window is None and mask.slopes is None
+    if simple and (mask.kind == "full" or queries == keys):
+        causal = mask.kind == "causal"
+        q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
+        return _heads_first(F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped))
+    seen = mask.visible(queries, keys, q.device)
+    bias = mask.bias(queries, keys, q.device)
+    if bias is not None and seen is not None:
+        bias = bias.to(q.dtype).masked_fill(~seen, -math.inf)
+    allowed: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if q.is_cuda:
+        if grouped:  # the memory-efficient kernel, the only one here for arbitrary masks, has no grouped heads
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+            grouped = False
+        # cuDNN's backward pass gives NaN with a mask for some lengths (seen in torch 2.11: seq % 128 == 64)
+        kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        if queries % 128 != 64 and keys % 128 != 64:
+            kernels.append(SDPBackend.CUDNN_ATTENTION)
+        allowed = sdpa_kernel(kernels)
+    q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
+    with allowed:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen if bias is None else bias, enable_gqa=grouped)
+    return _heads_first(mixed)
+
+
+def _pinned(kernel: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, Mask], Tensor]:
+    """SDPA held to one kernel; only for masks it knows without a tensor (cuDNN with a mask tensor is not safe)."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        assert mask.kind != "prefix" and mask.query_segments is None and mask.window is None and mask.slopes is None
+        with sdpa_kernel(kernel):
+            return _sdpa(q, k, v, mask)
+
+    return run
+
+
+def segment_bounds(segments: Tensor) -> Tensor:
+    """Where segments start in the flattened batch, and its end: [batch, seq] -> [segments + 1], int32.
+
+    On a GPU this waits for the device, because the number of segments is data.
+    """
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    begins = starts.flatten().nonzero().flatten()
+    return F.pad(begins, (0, 1), value=segments.numel()).to(torch.int32)
+
+
+def _flash(module: str, unlimited: int | None) -> Callable[[Tensor, Tensor, Tensor, Mask], Tensor]:
+    """A flash-attn package: dense, or of variable length where there are segments.
+
+    unlimited: how the package writes a window without an end. Its causal mask is aligned at the ends of queries and
+    keys, which for equal lengths is ours.
+    """
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        package = importlib.import_module(module)
+        causal = mask.kind == "causal"
+        window: tuple[int | None, int | None] = (unlimited, unlimited)
+        if mask.window is not None:
+            window = (mask.window - 1, 0 if causal else mask.window - 1)
+        options: dict[str, object] = {"causal": causal, "window_size": window}
+        if mask.slopes is not None:
+            options["alibi_slopes"] = mask.slopes
+        if mask.query_segments is None:
+            return _first(package.flash_attn_func(q, k, v, **options))
+        # the longest segment is at most a row; knowing it better would mean waiting for the device again
+        bounds = segment_bounds(mask.query_segments)
+        lengths = {"max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1]}
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        out = package.flash_attn_varlen_func(*flat, cu_seqlens_q=bounds, cu_seqlens_k=bounds, **lengths, **options)
+        return _first(out).unflatten(0, q.shape[:2])
+
+    return run
+
+
+def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """flash-attn 4, and some versions of 3, return the log-normaliser as well."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+_ANY = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (  # the fastest first
+        Backend(
+            "flash3",
+            _flash("flash_attn_interface", -1),
+            module="flash_attn_interface",
+            install="build it from the hopper folder of flash-attention",
+            segments=True,
+            window=True,
+        ),
+        Backend(
+            "flash4",
+            _flash("flash_attn.cute", None),
+            module="flash_attn.cute",
+            install="install flash-attn-4",
+            segments=True,
+            window=True,
+        ),
+        Backend("sdpa_cudnn", _pinned(SDPBackend.CUDNN_ATTENTION)),
+        Backend(
+            "flash2",
+            _flash("flash_attn", -1),
+            module="flash_attn",
+            install="install flash-attn",
+            segments=True,
+            window=True,
+            alibi=True,
+        ),
+        Backend("sdpa_flash", _pinned(SDPBackend.FLASH_ATTENTION)),
+        Backend(
+            "sdpa",
+            _sdpa,
+            devices=("cpu", "cuda"),
+            dtypes=_ANY,
+            kinds=("causal", "full", "prefix"),
+            segments=True,
+            window=True,
+            alibi=True,
+            unequal_lengths=True,
+        ),
+        Backend(
+            "plain",
+            _plain,
+            devices=("cpu", "cuda"),
+            dtypes=_ANY,
+            kinds=("causal", "full", "prefix"),
+            segments=True,
+            window=True,
+            alibi=True,
+            dropout=True,
+            unequal_lengths=True,
+        ),
+    )
+}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str) -> Tensor:
+    """Attention through a backend that resolve() named: [batch, queries, heads, head_dim], in q's dtype."""
+    return BACKENDS[backend].run(q, k, v, mask)
+
+
+def _self_check(backend: Backend, needs: Requirements) -> str | None:
+    """Compare output and gradients with the plain backend on a small input; why not to trust it, or None."""
+    device = torch.device(needs.device)
+    draw = torch.Generator().manual_seed(0)
+    batch, seq, kv_heads = 2, 192, 2
+
+    def sample(heads: int) -> Tensor:
+        return torch.randn(batch, seq, heads, needs.head_dim, generator=draw).to(device, needs.dtype)
+
+    q, k, v, out_gradient = (sample(kv_heads * group) for group in (needs.group, 1, 1, needs.group))
+    segments = (torch.arange(seq, device=device) // 70).repeat(batch, 1) if needs.segments else None
+    mask = Mask(
+        kind=needs.kind,
+        window=33 if needs.window else None,
+        query_segments=segments,
+        key_segments=segments,
+        prefix_lengths=torch.tensor([5, 90], device=device) if needs.kind == "prefix" else None,
+        slopes=0.5 ** torch.arange(1, kv_heads * needs.group + 1, device=device) if needs.alibi else None,
+    )
+
+    def run(name: str, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        out = attention(inputs[0], inputs[1], inputs[2], mask, name)
+        return [out.detach(), *torch.autograd.grad(out, inputs, out_gradient.to(dtype))]
+
+    def same(x: Tensor) -> Tensor:
+        return x
+
+    try:
+        # a caller's recomputation must not see the tensors saved here
+        with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(same, same):
+            results = run(backend.name, needs.dtype)
+            references = run("plain", torch.promote_types(needs.dtype, torch.float32))
+    except Exception as error:  # whatever a kernel raises, another one can serve
+        return f"its self-check failed ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    tolerance = 1e-4 if torch.finfo(needs.dtype).eps < 1e-5 else 0.03
+    for what, result, reference in zip(("output", "dq", "dk", "dv"), results, references, strict=True):
+        distance = ((result - reference).norm() / reference.norm()).item()
+        if not distance < tolerance:
+            return f"its self-check failed ({what} is {distance:.1e} from the plain backend's, relatively)"
+    return None
+
+
+@cache
+def resolve(name: str, needs: Requirements) -> str:
+    """The backend to use: `name` itself, or for `auto` the fastest that is installed, suits and passes its self-check.
+
+    Raises MegalmError if a named backend cannot serve.
+    """
+    for backend in BACKENDS.values() if name == "auto" else (BACKENDS[name],):
+        refusal = backend.refusal(needs)
+        if refusal is None and backend.name != "plain":
+            refusal = _self_check(backend, needs)
+        if refusal is None:
+            return backend.name
+        if name != "auto":
+            raise MegalmError(
+                f"model.attention_backend {name} cannot serve this run: {refusal}; set it to auto to take one that can"
+            )
+    raise AssertionError("the plain backend serves everything")

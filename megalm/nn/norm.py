@@ -1,0 +1,128 @@
+"""RMSNorm and LayerNorm: torch's kernels, or NVIDIA apex's fused ones on a GPU."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from megalm.errors import MegalmError
+from megalm.nn.config import BlockConfig
+from megalm.nn.init import Spec, declare
+from megalm.nn.layers import Layers
+
+_APEX_KERNELS = "apex.normalization.fused_layer_norm"
+
+
+@cache
+def find_apex() -> ModuleType | MegalmError:
+    """NVIDIA apex's kernels, or why they cannot be had."""
+    advice = "build NVIDIA apex from its repository, or set model.norm_implementation to torch"
+    try:
+        kernels = importlib.import_module(_APEX_KERNELS)
+        importlib.import_module("fused_layer_norm_cuda")
+        return kernels
+    except ImportError as error:
+        if importlib.util.find_spec("apex") is None:
+            return MegalmError(f"model.norm_implementation is apex, but apex is not installed: {advice}")
+        if error.name and (error.name == "apex" or error.name.startswith("apex.")):
+            return MegalmError(
+                f"the installed package called apex is not NVIDIA's (PyPI has an unrelated project of that name): "
+                f"uninstall it and {advice}"
+            )
+        return MegalmError(f"the installed apex lacks its fused norms ({error}): {advice}")
+
+
+def apex_kernels(implementation: str, x: Tensor) -> ModuleType | None:
+    """apex's module if `implementation` (auto, torch, apex) means it for x.
+
+    Raises MegalmError where apex was named and cannot serve.
+    """
+    if implementation == "torch" or (implementation == "auto" and not x.is_cuda):
+        return None
+    apex = find_apex()
+    if isinstance(apex, ModuleType) and x.is_cuda:
+        return apex
+    if implementation == "auto":
+        return None
+    raise (
+        apex
+        if isinstance(apex, MegalmError)
+        else MegalmError("model.norm_implementation is apex, which needs a GPU: set it to auto or torch")
+    )
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm that keeps its input and one number per row, for devices where torch has no fused backward pass."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale  # [..., width], fp32
+        product = normed * gradient
+        weight_gradient = product.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = (product @ weight.to(product.dtype)).unsqueeze(-1).div_(x.shape[-1])
+        x_gradient = (gradient * weight.to(product.dtype)).sub_(normed.mul_(mean)).mul_(scale)
+        return x_gradient.to(x.dtype), weight_gradient, None
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) x weight over the last dimension, in fp32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float, implementation: str, shared: Callable[[Tensor], Tensor]) -> None:
+        """shared: the factory's method that says which part of the rows this rank sees (replicated or partial)."""
+        super().__init__()
+        self.eps = eps
+        self.implementation = implementation
+        self.shared = shared
+        self.weight = nn.Parameter(torch.empty(width))
+        declare(self.weight, Spec(value=1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.shared(self.weight)
+        apex = apex_kernels(self.implementation, x)
+        if apex is not None:
+            return apex.fused_rms_norm_affine(x, weight, weight.shape, self.eps)
+        if x.is_cuda:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return _RMSNorm.apply(x, weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) x weight + bias over the last dimension (Ba et al. 2016)."""
+
+    def __init__(self, width: int, eps: float, implementation: str, shared: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.eps = eps
+        self.implementation = implementation
+        self.shared = shared
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        declare(self.weight, Spec(value=1.0))
+        declare(self.bias, Spec(value=0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.shared(self.weight), self.shared(self.bias)
+        apex = apex_kernels(self.implementation, x)
+        if apex is not None:
+            return apex.fused_layer_norm_affine(x, weight, bias, weight.shape, self.eps)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+
+def hidden_norm(config: BlockConfig, layers: Layers) -> nn.Module:
+    """The configured norm of hidden states: [tokens, hidden] -> the same."""
+    kind = RMSNorm if config.norm == "rmsnorm" else LayerNorm
+    return kind(config.hidden_size, config.norm_eps, config.norm_implementation, layers.replicated)
