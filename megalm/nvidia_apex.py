@@ -1,0 +1,60 @@
+"""NVIDIA apex, which is not on PyPI: the PyPI project of that name is something else.
+
+NVIDIA's package is known by its `apex.optimizers`. The search imports nothing, so the other project's code never runs.
+"""
+
+import importlib
+import importlib.util
+import logging
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+from megalm.errors import MegalmError
+
+HOW_TO_INSTALL = "install NVIDIA's from source (https://github.com/NVIDIA/apex), with its CUDA extensions"
+
+logger = logging.getLogger(__name__)
+
+
+def find() -> ModuleType | None:
+    """NVIDIA apex if it is here and imports, else None (the log says why when another or a broken one is here)."""
+    spec = _spec()
+    if spec is None:
+        return None
+    try:
+        return _load(spec)
+    except MegalmError as error:
+        logger.warning("not used: %s", error)
+        return None
+
+
+def require(key: str) -> ModuleType:
+    """NVIDIA apex for the config key that named it. Raises MegalmError when it is absent, another one or broken."""
+    spec = _spec()
+    if spec is None:
+        raise MegalmError(f"{key} is apex, but apex is not installed: {HOW_TO_INSTALL}, or set {key} to auto")
+    try:
+        return _load(spec)
+    except MegalmError as error:
+        raise MegalmError(f"{key} is apex, but {error}, or set {key} to auto") from error
+
+
+def _spec() -> ModuleSpec | None:
+    return importlib.util.find_spec("apex")
+
+
+def _load(spec: ModuleSpec) -> ModuleType:
+    where = spec.origin or ", ".join(spec.submodule_search_locations or [])
+    if PathFinder.find_spec("apex.optimizers", spec.submodule_search_locations or []) is None:
+        raise MegalmError(
+            f"the package apex at {where} is not NVIDIA's (the PyPI project of that name is another one): "
+            f"uninstall it and {HOW_TO_INSTALL}"
+        )
+    try:
+        importlib.import_module("apex.optimizers")
+        return importlib.import_module("apex")
+    except Exception as error:  # a build for another torch or CUDA fails in many ways
+        raise MegalmError(
+            f"NVIDIA apex at {where} does not import ({type(error).__name__}: {error}): "
+            f"rebuild it for this torch and CUDA ({HOW_TO_INSTALL})"
+        ) from error
