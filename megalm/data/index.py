@@ -1,0 +1,200 @@
+"""What lies beside the .tar files of a shard folder, and random access to their tokens.
+
+FOLDER/index.json            counts, sizes, checksums, tokenizer, fingerprint
+FOLDER/shard-000000.tar      one member per document: its ids, little-endian uint16 or uint32
+FOLDER/shard-000000.npy      int64 [2, documents + 1]: row 0 the token number at which each document of the shard
+                             begins (and the shard ends), row 1 the byte of the .tar at which its ids begin
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megalm.errors import MegalmError
+from megalm.tokenizer.base import Tokenizer
+
+INDEX_FILE = "index.json"
+FORMAT = "megalm-shards"
+VERSION = 1
+OPEN_SHARDS = 256
+"""Shards mapped at once: each takes two file descriptors, of which many systems grant 1,024."""
+TOKEN_STARTS, BYTE_OFFSETS = 0, 1
+FEW_DOCUMENTS = 64
+"""Up to this many documents are copied one by one; gathering token by token is faster above."""
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class ShardReader:
+    """The documents of a shard folder as one stream of token ids, in the order they were written.
+
+    Opening costs one small file however large the corpus is; shards are mapped into memory when they are first read.
+    """
+
+    def __init__(self, folder: str | Path, tokenizer: Tokenizer | None = None, verify_checksums: bool = False) -> None:
+        """Check the folder and open it.
+
+        Args:
+            folder: what tools/write_shards.py wrote (its `train` or `held_out`).
+            tokenizer: refused unless it is the one the shards were written with; None skips the check.
+            verify_checksums: read every byte once and compare; otherwise sizes alone are compared.
+
+        Raises:
+            MegalmError: the folder is missing, not ours, truncated, damaged, empty, or of another tokenizer.
+        """
+        self.folder = Path(folder)
+        index = self.index = _read_index(self.folder)
+        if tokenizer is not None and index["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+            raise MegalmError(
+                f"{self.folder} was written with another tokenizer (fingerprint "
+                f"{index['tokenizer']['fingerprint'][:12]}, {index['tokenizer']['vocab_size']} ids) than the one given "
+                f"({tokenizer.fingerprint[:12]}, {tokenizer.vocab_size} ids): set data.tokenizer to the former, or "
+                "write the shards anew"
+            )
+        for shard in index["shards"]:
+            _check_shard(self.folder, shard, verify_checksums)
+        self.tokens_total: int = index["tokens"]
+        """Tokens in the stream, ends of documents included."""
+        self.documents: int = index["documents"]
+        """Documents in the stream."""
+        if self.tokens_total < 2:
+            raise MegalmError(f"{self.folder} holds no text to train on ({self.tokens_total} tokens): write more")
+        self.fingerprint: str = index["fingerprint"]
+        """Hash of all tokens and their order."""
+        self.dtype = np.dtype(index["dtype"])
+        self._token_starts = [0, *itertools.accumulate(shard["tokens"] for shard in index["shards"])]
+        self._document_starts = [0, *itertools.accumulate(shard["documents"] for shard in index["shards"])]
+        self._open: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Ids start..stop of the stream, int64 [stop - start]."""
+        ids = np.empty(stop - start, np.int64)
+        self.read_into(ids, start)
+        return ids
+
+    def read_into(self, ids: np.ndarray, start: int) -> None:
+        """Fill an int64 array [length] with the ids from `start` on."""
+        assert 0 <= start <= start + len(ids) <= self.tokens_total
+        number = bisect.bisect_right(self._token_starts, start) - 1
+        while len(ids):
+            here = ids[: self._token_starts[number + 1] - start]
+            _copy_documents(here, self._shard(number), start - self._token_starts[number])
+            ids, start, number = ids[len(here) :], start + len(here), number + 1
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Token numbers in start..stop at which a document begins, int64, ascending."""
+        parts = []
+        number = bisect.bisect_right(self._token_starts, start) - 1
+        while number < len(self._token_starts) - 1 and self._token_starts[number] < stop:
+            base = self._token_starts[number]
+            starts = self._shard(number)[TOKEN_STARTS]
+            first, last = np.searchsorted(starts[:-1], (start - base, stop - base), "left")
+            parts.append(np.asarray(starts[first:last]) + base)
+            number += 1
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def document(self, number: int) -> np.ndarray:
+        """Ids of one document, its end included, int64."""
+        assert 0 <= number < self.documents
+        shard = bisect.bisect_right(self._document_starts, number) - 1
+        start, stop = (
+            self._shard(shard)[TOKEN_STARTS][number - self._document_starts[shard] :][:2] + self._token_starts[shard]
+        )
+        return self.tokens(int(start), int(stop))
+
+    def _shard(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token starts [documents + 1], byte offsets [documents + 1], and the whole .tar seen as ids."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        path = self.folder / self.index["shards"][number]["name"]
+        try:
+            table = np.load(path.with_suffix(".npy"), mmap_mode="r")
+            opened = table[TOKEN_STARTS], table[BYTE_OFFSETS], np.memmap(path, self.dtype, mode="r")
+        except (OSError, ValueError) as error:
+            raise MegalmError(f"cannot read the shard {path} ({error}): was it changed while in use?") from error
+        self._open[number] = opened
+        if len(self._open) > OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return opened
+
+
+def _copy_documents(ids: np.ndarray, shard: tuple[np.ndarray, np.ndarray, np.ndarray], start: int) -> None:
+    """Fill ids [length] from documents that lie apart in the .tar, from token `start` of the shard on."""
+    starts, offsets, stream = shard
+    stop = start + len(ids)
+    first = int(np.searchsorted(starts, start, "right")) - 1
+    last = int(np.searchsorted(starts, stop, "left"))
+    inside = np.clip(starts[first : last + 1], start, stop)
+    shift = offsets[first:last] // stream.itemsize - starts[first:last]
+    if last - first > FEW_DOCUMENTS:
+        ids[:] = stream[np.arange(start, stop) + np.repeat(shift, np.diff(inside))]
+        return
+    bounds = inside.tolist()
+    for begin, end, distance in zip(bounds, bounds[1:], shift.tolist(), strict=False):
+        ids[begin - start : end - start] = stream[begin + distance : end + distance]
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_FILE
+    if not folder.is_dir():
+        raise MegalmError(f"there is no shard folder {folder}: correct the path, or run tools/write_shards.py")
+    if not path.exists():
+        inner = [name for name in ("train", "held_out") if (folder / name / INDEX_FILE).exists()]
+        if inner:
+            raise MegalmError(f"{folder} is not a shard folder itself: name {folder / inner[0]}")
+        raise MegalmError(
+            f"{folder} has no {INDEX_FILE}: its writing was not finished, or megalm did not write it; "
+            "run tools/write_shards.py"
+        )
+    try:
+        index = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise MegalmError(f"{path} is damaged ({error}): copy the folder again, or write the shards anew") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise MegalmError(f"{path} was not written by megalm: run tools/write_shards.py on the corpus")
+    if index.get("version") != VERSION:
+        raise MegalmError(
+            f"{path} has format version {index.get('version')}, this megalm reads {VERSION}: write the shards anew"
+        )
+    if index.get("checksum") != index_checksum(index):
+        raise MegalmError(f"{path} was changed after it was written: copy the folder again, or write the shards anew")
+    return index
+
+
+def index_checksum(index: dict[str, Any]) -> str:
+    """SHA-256 of the content of index.json without its own checksum."""
+    content = {key: value for key, value in index.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_shard(folder: Path, shard: dict[str, Any], verify_checksums: bool) -> None:
+    for name, size, expected in (
+        (shard["name"], shard["bytes"], shard["sha256"]),
+        (Path(shard["name"]).with_suffix(".npy").name, shard["index_bytes"], shard["index_sha256"]),
+    ):
+        path = folder / name
+        if not path.exists():
+            raise MegalmError(f"the shard file {path} is missing: copy the folder again, or write the shards anew")
+        found = path.stat().st_size
+        if found != size:
+            what = "truncated" if found < size else "not the one that was written"
+            raise MegalmError(
+                f"the shard file {path} is {what} ({found:,} bytes, {size:,} expected): copy it again, or write the "
+                "shards anew"
+            )
+        if verify_checksums and checksum(path) != expected:
+            raise MegalmError(
+                f"the content of the shard file {path} is not what was written (its checksum differs): copy it again, "
+                "or write the shards anew"
+            )

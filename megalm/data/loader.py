@@ -1,0 +1,234 @@
+"""Batches for training and for the held-out loss.
+
+The samples of a run are numbered from 0 in one order that no layout changes (megalm/data/mixture.py). A step takes
+the next global_batch_size of them; data-parallel rank r of R takes every R-th from the r-th on. What a run must
+remember is therefore one number.
+"""
+
+import queue
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from megalm.data.batch import Batch
+from megalm.data.config import DataConfig, SourceConfig
+from megalm.data.index import ShardReader
+from megalm.data.mixture import Blended, Mixture
+from megalm.data.packing import Packer, window_count
+from megalm.errors import MegalmError
+from megalm.tokenizer.base import Tokenizer
+
+Step = tuple[list[Batch], dict[str, Any]]
+"""The micro-batches of one step on one rank, and the state of the loader after it."""
+
+
+class Loader:
+    """Endless iterator over steps: (micro-batches of this rank, state after the step).
+
+    The state is a small record of plain values, the same on every rank and valid for any number of ranks and any
+    batch size: `samples` consumed, and the `blend` they were drawn from.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        rank: int,
+        size: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        sequence_length: int,
+        seed: int,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open the shards and start reading ahead.
+
+        Args:
+            rank, size: data-parallel coordinates.
+            global_batch_size: sequences per step over all ranks.
+            micro_batch_size: rows of each batch.
+            sequence_length: S; batches are [micro_batch_size, S].
+            state: continue behind this record of an earlier loader. Default: from sample 0.
+
+        Raises:
+            MegalmError: shards that are missing, damaged, empty or of another tokenizer; batch sizes that do not
+                divide; a state that was taken from another blend.
+        """
+        assert 0 <= rank < size
+        if not config.sources:
+            raise MegalmError("data.sources is empty: name at least one shard folder")
+        if global_batch_size % (micro_batch_size * size):
+            step = micro_batch_size * size
+            nearest = max(step, round(global_batch_size / step) * step)
+            raise MegalmError(
+                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
+                f"{size} data-parallel ranks: the nearest that is, is {nearest}"
+            )
+        self._readers = [ShardReader(source.path, tokenizer, config.verify_checksums) for source in config.sources]
+        corpora = [
+            Blended(reader.fingerprint, window_count(reader.tokens_total, sequence_length), source.weight)
+            for reader, source in zip(self._readers, config.sources, strict=True)
+        ]
+        self._mixture = Mixture(corpora, seed, config.shuffle)
+        self._packer = Packer(sequence_length, tokenizer.pad_id, config.attend_across_documents)
+        self._rank, self._size = rank, size
+        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
+        self.blend: dict[str, Any] = {
+            "seed": seed,
+            "sequence_length": sequence_length,
+            "shuffle": config.shuffle,
+            "tokenizer": tokenizer.fingerprint,
+            "corpora": [corpus.fingerprint for corpus in corpora],
+            "weights": [corpus.weight for corpus in corpora],
+        }
+        """What fixes the order of samples."""
+        if state is not None:
+            self._check(state)
+        self.samples_per_epoch = [corpus.samples for corpus in corpora]
+        """Windows of each source."""
+        self._steps: Iterator[Step] = self._produce(0 if state is None else int(state["samples"]))
+        if config.prefetch:
+            self._steps = _Prefetched(self._steps, config.prefetch)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Step:
+        return next(self._steps)
+
+    def close(self) -> None:
+        """Stop reading ahead. The loader yields nothing more."""
+        if isinstance(self._steps, _Prefetched):
+            self._steps.close()
+        self._steps = iter(())
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        told = {
+            "seed": "run.seed",
+            "sequence_length": "train.sequence_length",
+            "shuffle": "data.shuffle",
+            "tokenizer": "data.tokenizer",
+            "corpora": "the content of data.sources",
+            "weights": "the weights of data.sources",
+        }
+        for key, name in told.items():
+            if state["blend"].get(key) != self.blend[key]:
+                raise MegalmError(
+                    f"cannot continue at sample {state['samples']:,}: {name} is no longer what the run was started "
+                    f"with ({state['blend'].get(key)}, now {self.blend[key]}), so the samples would be others; restore "
+                    "it, or start a new run"
+                )
+
+    def _produce(self, samples: int) -> Iterator[Step]:
+        while True:
+            numbers = samples + self._rank + self._size * np.arange(self._global_batch_size // self._size)
+            corpus, window = self._mixture(numbers)
+            rows = [(self._readers[c], w) for c, w in zip(corpus.tolist(), window.tolist(), strict=True)]
+            micro = self._micro_batch_size
+            batches = [
+                self._packer.batch(rows[i : i + micro], numbers[i : i + micro]) for i in range(0, len(rows), micro)
+            ]
+            samples += self._global_batch_size
+            yield batches, {"samples": samples, "blend": self.blend}
+
+
+class _Prefetched:
+    """An iterator whose items a background thread prepares, at most `depth` ahead.
+
+    An exception of the iterator is raised in the consumer, at the item where it arose. The thread holds no reference
+    to this object, so it ends when this is closed, is no longer referenced, or the program ends.
+    """
+
+    def __init__(self, iterator: Iterator[Step], depth: int) -> None:
+        self._items: queue.Queue[Step | BaseException] = queue.Queue(depth)
+        self._stopping = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(
+            target=_fill, args=(iterator, self._items, self._stopping), name="megalm-loader", daemon=True
+        )
+        self._finalizer = weakref.finalize(self, _stop, self._stopping, self._items, self._thread)
+        self._thread.start()
+
+    def __iter__(self) -> "_Prefetched":
+        return self
+
+    def __next__(self) -> Step:
+        if self._failure is None:
+            item = self._items.get()
+            if not isinstance(item, BaseException):
+                return item
+            self._failure = item
+        raise self._failure
+
+    def close(self) -> None:
+        self._finalizer()
+
+
+def _fill(iterator: Iterator[Step], items: "queue.Queue[Step | BaseException]", stopping: threading.Event) -> None:
+    while not stopping.is_set():
+        try:
+            item: Step | BaseException = next(iterator)
+        except BaseException as error:  # handed to the consumer, which raises it
+            item = error
+        while not stopping.is_set():
+            try:
+                items.put(item, timeout=0.2)
+                break
+            except queue.Full:
+                continue
+        if isinstance(item, BaseException):
+            return
+
+
+def _stop(stopping: threading.Event, items: "queue.Queue[Step | BaseException]", thread: threading.Thread) -> None:
+    stopping.set()
+    while not items.empty():
+        items.get_nowait()
+    thread.join(timeout=10)
+
+
+def held_out_batches(
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    *,
+    rank: int,
+    size: int,
+    micro_batch_size: int,
+    sequence_length: int,
+    sequences: int,
+    attend_across_documents: bool = True,
+    verify_checksums: bool = False,
+) -> Iterator[Batch]:
+    """Micro-batches of `sequences` windows of a held-out corpus (all of them if it has fewer), always the same.
+
+    The windows are evenly spaced over the corpus, so that a few of them stand for all of it, and taken in order. Over
+    all ranks each appears exactly once. Every rank gets the same number of micro-batches: rows beyond the last window
+    are padding with loss_mask 0 and sample id -1.
+
+    Raises:
+        MegalmError: as ShardReader.
+    """
+    reader = ShardReader(source.path, tokenizer, verify_checksums)
+    packer = Packer(sequence_length, tokenizer.pad_id, attend_across_documents)
+    total = window_count(reader.tokens_total, sequence_length)
+    count = min(sequences, total)
+    windows = np.arange(count) * total // count
+    per_rank = -(-count // (size * micro_batch_size)) * micro_batch_size
+    numbers = rank + size * np.arange(per_rank)
+
+    def micro_batch(start: int) -> Batch:
+        here = numbers[start : start + micro_batch_size]
+        rows = [(reader, int(windows[n])) if n < count else None for n in here]
+        return packer.batch(rows, np.where(here < count, here, -1))
+
+    return map(micro_batch, range(0, per_rank, micro_batch_size))

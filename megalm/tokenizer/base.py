@@ -1,0 +1,59 @@
+"""What every tokenizer of megalm offers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megalm.errors import MegalmError
+
+
+class Tokenizer(ABC):
+    """Text to ids and back.
+
+    `encode` treats text as data: special tokens that a user types literally come out as ordinary text tokens, never
+    as control ids. Control ids are inserted by the caller, through `token_to_id`.
+    """
+
+    kind: str
+    """Name of the implementation: `sentencepiece` or `huggingface`."""
+    vocab_size: int
+    """Ids run from 0 to vocab_size - 1."""
+    bos_id: int | None
+    """Id that begins a document, or None where the tokenizer has none."""
+    eos_id: int
+    """Id that ends a document."""
+    pad_id: int
+    """Id that fills what is masked out of the loss. May equal eos_id."""
+    special_tokens: dict[str, int]
+    """Control tokens and their ids; no text is ever encoded to them."""
+    fingerprint: str
+    """Hash of everything that decides ids. Two tokenizers with the same fingerprint write the same shards."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without begin or end. Raises MegalmError for lone surrogates, which are not Unicode text."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on one thread."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids. Special tokens are left out; broken UTF-8 (a model's own sampling) becomes U+FFFD."""
+
+    @abstractmethod
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a vocabulary entry by name, special tokens included; None where there is none."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `megalm.tokenizer.load.load` reads back with the same fingerprint."""
+
+
+def refuse_lone_surrogates(text: str) -> MegalmError:
+    """The error for text that cannot be written as UTF-8."""
+    place = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+    return MegalmError(
+        f"cannot encode text with the lone surrogate U+{ord(text[place]):04X} at character {place}: it is half of a "
+        "character cut in two; decode the text as UTF-8 (errors='replace') first"
+    )

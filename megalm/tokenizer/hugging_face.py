@@ -1,0 +1,120 @@
+"""Hugging Face's tokenizer.json behind megalm's interface."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from megalm.errors import MegalmError
+from megalm.tokenizer.base import Tokenizer, refuse_lone_surrogates
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILES = ("special_tokens_map.json", "tokenizer_config.json")
+EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
+PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
+DECIDING_KEYS = ("model", "normalizer", "pre_tokenizer", "added_tokens")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, read by the `tokenizers` library.
+
+    Begin, end and padding tokens are not in tokenizer.json: they come from tokenizer_config.json or
+    special_tokens_map.json beside it, else from well-known names.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, document: str, names: dict[str, str | None]) -> None:
+        self._document = document
+        self._names = names
+        self._tokenizer = tokenizers.Tokenizer.from_str(document)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.special_tokens = {
+            token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+        eos = self._special_id("eos_token", EOS_NAMES)
+        if eos is None:
+            raise MegalmError(
+                "the tokenizer names no end-of-document token, which shards need: put its tokenizer_config.json with "
+                "eos_token beside tokenizer.json"
+            )
+        self.eos_id = eos
+        self.bos_id = self._special_id("bos_token", ())
+        pad = self._special_id("pad_token", PAD_NAMES)
+        self.pad_id = eos if pad is None else pad
+        parsed = json.loads(document)
+        deciding: dict[str, Any] = {key: parsed.get(key) for key in DECIDING_KEYS}
+        deciding["ends"] = [self.bos_id, self.eos_id]
+        canonical = json.dumps(deciding, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _special_id(self, role: str, well_known: tuple[str, ...]) -> int | None:
+        if role in self._names:
+            name = self._names[role]
+            return None if name is None else self.token_to_id(name)
+        return next((self.special_tokens[name] for name in well_known if name in self.special_tokens), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        rows = []
+        for text in texts:
+            try:
+                rows.append(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            except UnicodeEncodeError:
+                raise refuse_lone_surrogates(text) from None
+        return rows
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / TOKENIZER_FILE).write_text(self._document, encoding="utf-8")
+            (folder / CONFIG_FILES[-1]).write_text(json.dumps(self._names, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise MegalmError(f"cannot write the tokenizer to {folder}: {error.strerror}") from error
+
+
+def load_json(path: Path) -> HuggingFaceTokenizer:
+    """Read a tokenizer.json and, if present, the configuration beside it. Raises MegalmError when unreadable."""
+    try:
+        document = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise MegalmError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise MegalmError(f"{path} is not a tokenizer.json: it is not UTF-8 text") from error
+    names: dict[str, str | None] = {}
+    for config_file in (path.parent / name for name in CONFIG_FILES):
+        if config_file.exists():
+            names.update(_names(config_file))
+    try:
+        return HuggingFaceTokenizer(document, names)
+    except MegalmError as error:
+        raise MegalmError(f"{path}: {error}") from None
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise MegalmError(f"{path} is not a tokenizer.json that the tokenizers library reads: {error}") from error
+
+
+def _names(config_file: Path) -> dict[str, str | None]:
+    """Names of the begin, end and padding tokens in a tokenizer_config.json or special_tokens_map.json."""
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MegalmError(f"{config_file} is damaged ({error}): copy the tokenizer folder again") from error
+    roles = ("bos_token", "eos_token", "pad_token")
+    values = {role: config[role] for role in roles if role in config}
+    return {role: value["content"] if isinstance(value, dict) else value for role, value in values.items()}
