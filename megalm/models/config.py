@@ -44,3 +44,20 @@ class ModelConfig(BlockConfig):
         assert self.vocab_size is not None
         multiple = self.pad_vocab_to_multiple_of
         return -(-self.vocab_size // multiple) * multiple
+
+    def num_parameters(self) -> int:
+        """Weights of the model without the rows that pad the vocabulary; a tied head counts once."""
+        assert self.vocab_size is not None
+        hidden, inner = self.hidden_size, self.feed_forward_width
+        queries = self.num_attention_heads * self.head_width
+        keys_values = 2 * self.key_value_heads * self.head_width
+        norm = hidden * (2 if self.norm == "layernorm" else 1)
+        attention = hidden * (queries + keys_values) + queries * hidden
+        attention += (queries + keys_values) * self.attention_bias + hidden * self.attention_output_bias
+        attention += 2 * self.head_width * self.qk_norm
+        inputs = 2 if self.gated else 1
+        feed_forward = (inputs + 1) * hidden * inner + (inputs * inner + hidden) * self.mlp_bias
+        tables = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        if self.position == "learned":
+            tables += self.max_position_embeddings * hidden
+        return tables + self.num_layers * (2 * norm + attention + feed_forward) + norm

@@ -1,0 +1,62 @@
+# `make` lists the targets. They use the active virtual environment, or make .venv here if none is active.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-gpu lint format
+
+# An environment is active if its activate script ran (conda's base environment is the system, not an environment).
+ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
+ENVIRONMENT := $(or $(ACTIVE),$(CURDIR)/.venv)
+PYTHON := $(ENVIRONMENT)/bin/python
+PIP := $(PYTHON) -m pip install --quiet
+# What to install if there is no torch yet; a torch that imports is kept, whatever its version and build.
+TORCH ?= torch
+# Where the last setup of this checkout was for this environment; the number tells checkouts apart.
+STAMP := $(ENVIRONMENT)/.megalm-setup-$(firstword $(shell echo '$(CURDIR)' | cksum))
+# The environment's own copy of constraints.txt, with the torch that is installed.
+PINS := $(ENVIRONMENT)/megalm-constraints.txt
+
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+
+setup: $(STAMP) ## install megalm and its tools, unless nothing has changed since the last time
+
+$(PYTHON):
+	@for python in python3.11 python3.12 python3.13 python3; do \
+		$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+		python=; \
+	done; \
+	test -n "$$python" || { echo "error: no Python 3.11 or newer with venv: install one, or activate an environment" >&2; exit 2; }; \
+	shared=; $$python -c 'import torch' 2>/dev/null && shared=--system-site-packages; \
+	echo "making $(ENVIRONMENT) with $$($$python --version)$${shared:+, sharing the torch that it has}"; \
+	$$python -m venv $$shared $(ENVIRONMENT)
+
+$(STAMP): pyproject.toml constraints.txt | $(PYTHON)
+	@echo "installing into $(ENVIRONMENT) (some minutes if nothing is cached)"
+	@rm -f $(ENVIRONMENT)/.megalm-setup-*
+	@$(PYTHON) -c 'import torch' 2>/dev/null || $(PIP) -c constraints.txt '$(TORCH)'
+	@torch=$$($(PYTHON) -c 'from importlib.metadata import version; print(version("torch"))') && \
+		sed "s/^torch==.*/torch==$$torch/" constraints.txt > $(PINS)
+	@# DeepSpeed has no wheel: it imports torch and these to build itself; its kernels are built when first used.
+	@$(PIP) -c $(PINS) setuptools wheel ninja packaging py-cpuinfo
+	@DS_BUILD_OPS=0 $(PIP) -c $(PINS) --no-build-isolation deepspeed
+	@$(PIP) -c $(PINS) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+test test-gpu: export OMP_NUM_THREADS ?= 1
+
+test: setup ## run every test this machine can run
+	$(PYTHON) -m pytest
+
+test-gpu: setup ## run the tests that need a CUDA device
+	$(PYTHON) -m pytest -m gpu
+
+lint: setup ## check style, types and that docs/config.md is current
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) tools/write_config_docs.py --check
+
+format: setup ## rewrite the code in the house style
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
