@@ -1,5 +1,6 @@
 """The one exception a user can cause. Commands print it without a traceback and exit with 2."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -14,8 +15,14 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
     try:
         sys.exit(main() or 0)
     except MegalmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         sys.exit(130)
+
+
+def _say(message: str) -> None:
+    """Print to stderr, once per machine: the ranks of a run make the same mistake together."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,83 @@
+"""What a checkpoint folder says about itself. Written last: a folder without a manifest is not a checkpoint."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megalm.errors import MegalmError
+
+FORMAT = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The state of a run at a step, beside the shards that hold its tensors.
+
+    layout: degrees per axis. data: the loader's state. trainer: the loop's own state. parameters: full name ->
+    {shape, shard_dim, dtype} of every weight, whole. files: name -> {bytes, blake2b}.
+    """
+
+    step: int
+    tokens: int
+    config: dict[str, Any]
+    layout: dict[str, int]
+    data: dict[str, Any]
+    trainer: dict[str, Any]
+    parameters: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+    format: int = FORMAT
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint folder. Raises MegalmError if there is none or it is not ours."""
+    path = folder / NAME
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise MegalmError(f"{folder} is not a checkpoint: it has no {NAME}; name a folder RUN/checkpoints/step-N") from None
+    except (OSError, ValueError) as error:
+        raise MegalmError(f"{path} cannot be read ({error}): choose another checkpoint of the run") from None
+    known = {field.name for field in fields(Manifest)}
+    if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != known:
+        raise MegalmError(f"{path} is not a manifest of format {FORMAT}: it was written by another version of megalm")
+    return Manifest(**content)
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    path = folder / NAME
+    with path.open("w") as file:
+        json.dump(asdict(manifest), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def checksum(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "blake2b": checksum(path)}
+
+
+def faults(folder: Path, manifest: Manifest, names: Iterable[str], *, checksums: bool = True) -> list[str]:
+    """What is wrong with these files of a checkpoint, a phrase each, starting with the file's name."""
+    found = []
+    for name in names:
+        path, expected = folder / name, manifest.files[name]
+        if not path.exists():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != expected["bytes"]:
+            found.append(f"{name} holds {path.stat().st_size} bytes instead of {expected['bytes']}")
+        elif checksums and checksum(path) != expected["blake2b"]:
+            found.append(f"{name} was altered (its checksum differs)")
+    return found

@@ -1,0 +1,95 @@
+"""DeepSpeed's JSON, derived from megalm's config."""
+
+from typing import Any
+
+from megalm.errors import MegalmError
+from megalm.parallel.config import ParallelConfig
+
+OWNED = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "fp16.enabled": "train.precision",
+    "bf16": "train.precision",
+    "bf16.enabled": "train.precision",
+    "data_types": "train.precision",
+    "torch_autocast": "train.precision",
+    "zero_optimization.stage": "parallel.zero",
+    "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
+    "pipeline": "parallel.pipeline_schedule",
+    "tensor_parallel": "parallel.tensor",
+    "activation_checkpointing": "parallel.recompute",
+    "wandb": "logging.wandb",
+    "tensorboard": "logging.tensorboard",
+    "checkpoint": "checkpoint",
+    "steps_per_print": "logging.every",
+}
+"""Keys of DeepSpeed's config that megalm decides, and the megalm key that decides them."""
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any], path: str = "") -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        name = f"{path}{key}"
+        if name in OWNED:
+            raise MegalmError(f"deepspeed.{name} is decided by megalm: set {OWNED[name]} instead")
+        inner = merged.get(key)
+        if isinstance(inner, dict) and isinstance(value, dict):
+            merged[key] = _merge(inner, value, f"{name}.")
+        elif isinstance(value, dict):
+            merged[key] = _merge({}, value, f"{name}.")
+        else:
+            merged[key] = value
+    return merged
+
+
+def check_pass_through(extra: dict[str, Any]) -> None:
+    """Refuse a `deepspeed:` key that megalm owns."""
+    _merge({}, extra)
+
+
+def derive(
+    parallel: ParallelConfig,
+    *,
+    precision: str,
+    micro_batch_size: int,
+    accumulation: int,
+    data_parallel: int,
+    gradient_clipping: float,
+    largest_bucket: int,
+    extra: dict[str, Any],
+) -> dict[str, Any]:
+    """The config DeepSpeed is started with.
+
+    largest_bucket: parameters this rank holds; DeepSpeed allocates whole communication buckets, which must not
+    dwarf a small model.
+    """
+    bucket = min(500_000_000, largest_bucket)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch_size * accumulation * data_parallel,
+        # With ZeRO 0 the engine's own norm leaves out every stage but the first: ours is used (engine.StepGuard).
+        "gradient_clipping": gradient_clipping if parallel.zero else 0.0,
+        "steps_per_print": 2**31 - 1,
+        "zero_optimization": {
+            "stage": parallel.zero,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        # Stages exchange hidden states that differ between tensor ranks under sequence parallelism.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif precision == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if parallel.offload_optimizer:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
+    return _merge(config, extra)

@@ -1,0 +1,255 @@
+"""One step() over DeepSpeed's engines: ZeRO 0 to 3 with one pipeline stage, 1F1B or DualPipeV with more.
+
+A micro-batch is ((tokens, segment_ids, positions, sample_ids), (labels, loss_mask)); all are [batch, seq] but
+sample_ids, which is [batch].
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.module import PipelineModule
+from torch import Tensor, nn
+
+from megalm.parallel.groups import Groups, quiet
+
+MicroBatch = tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+LossFunction = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over the step's trained tokens, nats. grad_norm: global L2 norm before clipping. applied: whether
+    the optimizer moved. trained_tokens: tokens the loss was taken over, all ranks."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    trained_tokens: int
+
+
+class StepGuard:
+    """Stands between the reduced gradients and the optimizer's update.
+
+    DeepSpeed calls the basic optimizer's step() when the gradients are whole; the guard asks `accept` with their
+    norm first and leaves weights and moments alone if it declines. With ZeRO 0 in fp32 it also takes the norm and
+    clips, since DeepSpeed's own counts only the first pipeline stage's unsharded parameters there.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, accept: Callable[[float], bool]):
+        self.accept = accept
+        self.norm: Callable[[], float] | None = None
+        self.clip: Callable[[float], None] | None = None
+        self.declined = False
+        self._verdict: bool | None = None
+        self._step = optimizer.step
+        optimizer.step = self._guarded  # type: ignore[method-assign]
+
+    def open(self) -> None:
+        """Start a new step: ZeRO may call the optimizer once per parameter group, under one verdict."""
+        self._verdict, self.declined = None, False
+
+    def _guarded(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.norm is not None
+        if self._verdict is None:
+            norm = self.norm()
+            self._verdict = self.accept(norm)
+            self.declined = not self._verdict
+            if self._verdict and self.clip:
+                self.clip(norm)
+        return self._step(*args, **kwargs) if self._verdict else None
+
+
+class Engine(ABC):
+    """The model, its optimizer and its layout, driven one global step at a time."""
+
+    def __init__(self, engine: Any, groups: Groups, guard: StepGuard, device: torch.device, gradient_clipping: float):
+        self.engine = engine
+        self.groups = groups
+        self.device = device
+        self._guard = guard
+        self._clipping = gradient_clipping
+        self._own_norm = engine.zero_optimization_stage() == 0
+        if self._own_norm:
+            guard.norm, guard.clip = self._gradient_norm, self._clip
+        else:
+            guard.norm = lambda: float(engine.optimizer._global_grad_norm)
+        self._norm = math.nan
+        self.num_parameters = self._count()
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+        """Forward, backward and update over one rank's share of a global batch."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._guard.open()
+        weighted, tokens = self._weigh(micro_batches, len(micro_batches))
+        loss = self._train(weighted)
+        norm = self._norm if self._own_norm else float(self.engine.get_global_grad_norm())
+        applied = self.engine.was_step_applied() and not self._guard.declined
+        return StepResult(loss, norm, applied, tokens)
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """Mean loss over the tokens of `micro_batches` on all ranks, in nats, and their number."""
+        floor = self._evaluation_floor()
+        blank = [(inputs, (labels, torch.zeros_like(mask))) for inputs, (labels, mask) in micro_batches[:1]]
+        padded = [*micro_batches, *(blank * max(0, floor - len(micro_batches)))]
+        weighted, tokens = self._weigh(padded, len(padded))
+        return self._forward(weighted), tokens
+
+    def save(self, directory: Path, tag: str) -> None:
+        """Write DeepSpeed's shards under directory/tag. All ranks call it."""
+        with quiet():
+            self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+
+    def load(self, directory: Path, tag: str) -> None:
+        """Read weights and optimizer written by `save` on the same layout."""
+        with quiet():
+            path, _ = self.engine.load_checkpoint(str(directory), tag=tag)
+        assert path is not None, f"DeepSpeed found no checkpoint in {directory / tag}"
+
+    def _weigh(self, micro_batches: Sequence[MicroBatch], count: int) -> tuple[list[MicroBatch], int]:
+        """Turn each loss mask into weights under which the engine's averaging over micro-batches and ranks gives
+        the sum over trained tokens divided by their global number."""
+        total = torch.stack([mask.sum() for _, (_, mask) in micro_batches]).sum().to(self.device, torch.float64)
+        dist.all_reduce(total, group=self.groups.data_group)
+        scale = count * self.groups.layout.data / total.clamp(min=1)
+        weighted = []
+        for inputs, (labels, mask) in micro_batches:
+            inputs_here = tuple(x.to(self.device, non_blocking=True) for x in inputs)
+            weights = (mask.to(self.device, non_blocking=True) * scale).float()
+            weighted.append((inputs_here, (labels.to(self.device, non_blocking=True), weights)))
+        return weighted, int(total.item())  # type: ignore[return-value]
+
+    def named_weights(self, layer_names: Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
+        """This stage's parameters under their full names, each at one rank of the pipeline, in an order that is the
+        same on every data-parallel rank. Under ZeRO 3 a parameter is whole only until the next one is asked for."""
+        for name, parameter in self.module.named_parameters():
+            if getattr(parameter, "ds_pipe_replicated", False):
+                continue
+            layer, suffix = name.split(".", 1)
+            # DeepSpeed keeps tied layers under tied_modules.NAME, all others under their index.
+            full = suffix if layer == "tied_modules" else f"{layer_names[int(layer)]}.{suffix}"
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                yield full, parameter
+
+    @abstractmethod
+    def _train(self, micro_batches: list[MicroBatch]) -> float: ...
+
+    @abstractmethod
+    def _forward(self, micro_batches: list[MicroBatch]) -> float: ...
+
+    def _evaluation_floor(self) -> int:
+        """Fewest micro-batches an evaluation may run."""
+        return 1
+
+    def _owned(self) -> list[nn.Parameter]:
+        """Parameters of which this rank holds a slice that no other rank of the model counts."""
+        return [
+            p
+            for p in self.module.parameters()
+            if not getattr(p, "ds_pipe_replicated", False)
+            and (getattr(p, "tensor_model_parallel", False) or self.groups.tensor_rank == 0)
+        ]
+
+    def _count(self) -> int:
+        """Parameters of the whole model."""
+        # Under ZeRO 3 a parameter's own size is that of its partition.
+        mine = sum(getattr(p, "ds_numel", p.numel()) for p in self._owned())
+        total = torch.tensor(mine, device=self.device)
+        dist.all_reduce(total, group=self.groups.model_group)
+        return int(total.item())
+
+    def _gradient_norm(self) -> float:
+        """L2 norm over every parameter of the model, each counted once across ranks."""
+        owned = [p.grad for p in self._owned() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm(owned)) if owned else torch.zeros(1, device=self.device)
+        square = norms.double().square().sum()
+        dist.all_reduce(square, group=self.groups.model_group)
+        self._norm = math.sqrt(square.item())
+        return self._norm
+
+    def _clip(self, norm: float) -> None:
+        if self._clipping and norm > self._clipping:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, self._clipping / (norm + 1e-6))
+
+
+class _ZeroEngine(Engine):
+    """DeepSpeedEngine: one pipeline stage, ZeRO 0 to 3."""
+
+    def __init__(self, *args: Any, loss: LossFunction):
+        super().__init__(*args)
+        self._loss = loss
+
+    def _train(self, micro_batches: list[MicroBatch]) -> float:
+        self.engine.train()
+        total = torch.zeros((), device=self.device)
+        for inputs, targets in micro_batches:
+            loss = self._loss(self.engine(inputs), targets)
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.detach()
+        return self._mean(total, len(micro_batches))
+
+    @torch.no_grad()
+    def _forward(self, micro_batches: list[MicroBatch]) -> float:
+        self.engine.eval()
+        total = torch.zeros((), device=self.device)
+        for inputs, targets in micro_batches:
+            total += self._loss(self.engine(inputs), targets)
+        return self._mean(total, len(micro_batches))
+
+    def _mean(self, total: Tensor, count: int) -> float:
+        dist.all_reduce(total, group=self.groups.data_group)
+        return total.item() / (count * self.groups.layout.data)
+
+
+class _PipelineEngine(Engine):
+    """DeepSpeed's PipelineEngine or DualPipeVEngine: several stages, ZeRO 0 or 1."""
+
+    def _train(self, micro_batches: list[MicroBatch]) -> float:
+        return self.engine.train_batch(iter(micro_batches)).item()
+
+    def _forward(self, micro_batches: list[MicroBatch]) -> float:
+        loss = self.engine.eval_batch(iter(micro_batches), num_micro_batches=len(micro_batches))
+        return loss.item()
+
+    def _evaluation_floor(self) -> int:
+        # DualPipeV fills both halves of its V before it turns around; module.num_stages counts both.
+        return self.engine.module.num_stages
+
+
+def create(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    groups: Groups,
+    *,
+    config: dict[str, Any],
+    loss: LossFunction,
+    device: torch.device,
+    gradient_clipping: float,
+    accept: Callable[[float], bool],
+) -> Engine:
+    """Wrap `module` and `optimizer` in the DeepSpeed engine that the layout asks for."""
+    guard = StepGuard(optimizer, accept)
+    with quiet():
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, mpu=None if _is_pipeline(module) else groups.grid
+        )
+    common = (engine, groups, guard, device, gradient_clipping)
+    return _PipelineEngine(*common) if _is_pipeline(module) else _ZeroEngine(*common, loss=loss)
+
+
+def _is_pipeline(module: nn.Module) -> bool:
+    return isinstance(module, PipelineModule)
+

@@ -1,0 +1,126 @@
+"""Process groups: the only file that touches torch.distributed's start-up and megatron-core's parallel_state."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from megatron.core import parallel_state
+
+from megalm.layout import Layout
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """DeepSpeed prints its inner life to stdout while it builds; a run's log has its own words for it."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place in the layout and its process groups."""
+
+    layout: Layout
+    rank: int
+    grid: PipelineParallelGrid
+    tensor_group: dist.ProcessGroup
+
+    @property
+    def stage(self) -> int:
+        return self.layout.coordinates(self.rank)[0]
+
+    @property
+    def data_rank(self) -> int:
+        return self.layout.coordinates(self.rank)[1]
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.layout.coordinates(self.rank)[2]
+
+    @property
+    def size(self) -> int:
+        return self.layout.world_size
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def gather(self, item: Any) -> list[Any]:
+        """`item` of every rank, on every rank, in rank order."""
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def maximum(self, value: int) -> int:
+        """The largest `value` of any rank, on every rank."""
+        tensor = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor.item())
+
+    @property
+    def topology(self) -> PipeModelDataParallelTopology:
+        return self.grid.topology()
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        return self.grid.get_data_parallel_group()
+
+    @property
+    def model_group(self) -> dist.ProcessGroup:
+        """Ranks that together hold one copy of the model: same data coordinate."""
+        return self.grid.get_model_parallel_group()
+
+
+def world_size() -> int:
+    """Ranks that the launcher started, read from the environment; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Join the other ranks; without a launcher, start a group of one."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    # Port 0 lets a group of one take any free port, so that runs beside each other never collide.
+    os.environ.setdefault("MASTER_PORT", "0")
+    deepspeed.utils.logger.setLevel("ERROR")
+    with quiet():
+        deepspeed.init_distributed(
+            "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout
+        )
+
+
+def create(layout: Layout) -> Groups:
+    """Build every group of the layout. All ranks call it, once."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        create_gloo_process_groups=False,
+    )
+    rank = dist.get_rank()
+    topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
+    with quiet():
+        grid = PipelineParallelGrid(topology=topology)
+    groups = Groups(layout, rank, grid, parallel_state.get_tensor_model_parallel_group())
+    ours = layout.coordinates(rank)
+    theirs = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    assert ours == theirs, f"rank {rank} is {ours} in layout.py but {theirs} in megatron-core"
+    return groups
+
+
+def destroy() -> None:
+    """Leave every group, so that the process may build another layout or end without a warning."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()

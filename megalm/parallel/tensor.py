@@ -1,0 +1,153 @@
+"""nn's layer factory over megatron-core: tensor parallelism, with or without sequence parallelism.
+
+T is the tensor-parallel degree. Weights are laid out so that the full tensor is the concatenation of the ranks'
+slices along one dimension (Shoeybi et al. 2019). Under sequence parallelism (Korthikanti et al. 2022) hidden states
+are cut along the flattened tokens, [tokens / T, hidden], between the sub-layers.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from torch import Tensor, nn
+
+from megalm.nn.init import Spec, declare
+from megalm.nn.layers import Layers
+
+
+def _no_init(weight: Tensor) -> None:
+    raise AssertionError("weights are drawn by nn.init, never by megatron-core")
+
+
+def _declare_slice(parameter: nn.Parameter, spec: Spec) -> None:
+    """Mark a slice for nn.init and for DeepSpeed, which sums the norms of marked parameters over tensor ranks."""
+    assert spec.shard_dim is not None
+    declare(parameter, spec)
+    # megatron-core sets this only on biases, and on weights that it initialises itself.
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+class _Column(ColumnParallelLinear):
+    """Returns the output alone. `enter` has gathered its input and will reduce its gradient."""
+
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden)[0]
+
+
+class _Row(RowParallelLinear):
+    """Adds the bias itself: under sequence parallelism each rank adds it to its own tokens only."""
+
+    layers: "TensorParallelLayers"
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        out, bias = super().forward(x)
+        return out if bias is None else out + self.layers.replicated(bias)
+
+
+class _Embedding(VocabParallelEmbedding):
+    """Under sequence parallelism the sum over vocabulary slices is scattered over tokens at once."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        # [tokens] -> [1, tokens], which megatron-core turns into [tokens / T, 1, hidden] when it scatters.
+        hidden = super().forward(ids[None])
+        return hidden.view(-1, hidden.shape[-1])
+
+
+class TensorParallelLayers(Layers):
+    """megatron-core's layers behind the factory's names."""
+
+    def __init__(self, group: dist.ProcessGroup, *, sequence_parallel: bool):
+        self.group = group
+        self.tensor_size = dist.get_world_size(group)
+        self.tensor_rank = dist.get_rank(group)
+        self.sequence_parallel = sequence_parallel
+        common = dict(
+            tensor_model_parallel_size=self.tensor_size, use_cpu_initialization=True, perform_initialization=False
+        )
+        self._plain = ModelParallelConfig(**common)
+        self._scattered = ModelParallelConfig(**common, sequence_parallel=sequence_parallel)
+
+    def column(self, in_features: int, out_features: int, *, bias: bool, std: float) -> nn.Module:
+        layer = _Column(
+            in_features,
+            out_features,
+            bias=bias,
+            config=self._plain,
+            init_method=_no_init,
+            disable_grad_reduce=True,
+            tp_group=self.group,
+        )
+        _declare_slice(layer.weight, Spec(std=std, shard_dim=0))
+        if bias:
+            _declare_slice(layer.bias, Spec(value=0.0, shard_dim=0))
+        return layer
+
+    def row(self, in_features: int, out_features: int, *, bias: bool, std: float) -> nn.Module:
+        layer = _Row(
+            in_features,
+            out_features,
+            bias=bias,
+            config=self._scattered,
+            init_method=_no_init,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=self.group,
+        )
+        layer.layers = self
+        _declare_slice(layer.weight, Spec(std=std, shard_dim=1))
+        if bias:
+            declare(layer.bias, Spec(value=0.0))
+        return layer
+
+    def embedding(self, num_embeddings: int, rows: int, width: int, *, std: float) -> nn.Module:
+        layer = _Embedding(
+            rows,
+            width,
+            config=self._plain,
+            init_method=_no_init,
+            reduce_scatter_embeddings=self.sequence_parallel,
+            tp_group=self.group,
+        )
+        _declare_slice(layer.weight, Spec(std=std, shard_dim=0, drawn_rows=num_embeddings))
+        return layer
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, group=self.group)
+        return copy_to_tensor_model_parallel_region(hidden, group=self.group)
+
+    def split(self, x: Tensor) -> Tensor:
+        return scatter_to_sequence_parallel_region(x, group=self.group) if self.sequence_parallel else x
+
+    def replicated(self, parameter: Tensor) -> Tensor:
+        return self.partial(parameter) if self.sequence_parallel else parameter
+
+    def partial(self, parameter: Tensor) -> Tensor:
+        # Identity forward, all-reduce backward: the sum is done inside autograd, so that every ZeRO stage and
+        # pipeline sees a whole gradient and needs no step of its own.
+        return copy_to_tensor_model_parallel_region(parameter, group=self.group)
+
+    def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        # megatron-core works in place on fp32 logits; whoever else needs them must keep them.
+        logits = logits.clone() if logits.dtype == torch.float32 else logits.float()
+        return vocab_parallel_cross_entropy(logits[:, None], labels[:, None])[:, 0]
+
+    def logsumexp(self, logits: Tensor) -> Tensor:
+        logits = logits.float()
+        top = logits.detach().amax(dim=-1)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
+        mass = torch.exp(logits - top[:, None]).sum(dim=-1)
+        return torch.log(reduce_from_tensor_model_parallel_region(mass, group=self.group)) + top

@@ -1,0 +1,190 @@
+"""The composition root: the one place that joins the rooms into a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megalm.checkpoint import manifest as manifests
+from megalm.config import dump
+from megalm.data.loader import Loader, held_out_batches
+from megalm.models.decoder import LayerSpec, build_model, decoder
+from megalm.nn.attention import requirements
+from megalm.nn.init import spec_of
+from megalm.nn.kernels import resolve
+from megalm.nn.layers import Layers
+from megalm.nn.loss import token_loss
+from megalm.optim.adamw import build_optimizer, resolve_implementation
+from megalm.optim.parameters import parameter_groups
+from megalm.parallel import deepspeed_config, engine, groups
+from megalm.parallel import device as devices
+from megalm.parallel.engine import Engine
+from megalm.parallel.groups import Groups
+from megalm.parallel.pipeline import pipeline_module
+from megalm.parallel.tensor import TensorParallelLayers
+from megalm.training import resume
+from megalm.training.callbacks.anomalies import Anomalies
+from megalm.training.callbacks.checkpoints import Checkpoints
+from megalm.training.callbacks.evaluation import Evaluation
+from megalm.training.callbacks.garbage import GarbageCollection
+from megalm.training.callbacks.metrics import Metrics
+from megalm.training.callbacks.signals import Signals
+from megalm.training.config import RunConfig
+from megalm.training.loop import tensors
+from megalm.training.plan import Plan
+from megalm.training.run import Run
+
+
+def build_engine(
+    config: RunConfig,
+    joined: Groups,
+    device: torch.device,
+    accept: Callable[[float], bool],
+) -> tuple[Engine, list[LayerSpec]]:
+    """This rank's part of the model at step 0, in the engine of its layout; and the whole model's layers."""
+    model, parallel, train = config.model, config.parallel, config.train
+    layers = (
+        TensorParallelLayers(joined.tensor_group, sequence_parallel=parallel.sequence_parallel)
+        if parallel.tensor > 1
+        else Layers()
+    )
+    specs = decoder(
+        model,
+        layers,
+        seed=config.run.seed,
+        segmented=not config.data.attend_across_documents,
+        recompute=parallel.recompute,
+    )
+
+    def loss(logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return token_loss(layers, logits, *targets, model.z_loss)
+
+    if parallel.pipeline > 1:
+        module: torch.nn.Module = pipeline_module(
+            specs, layers, joined, schedule=parallel.pipeline_schedule, seed=config.run.seed, loss=loss
+        )
+    else:
+        module = build_model(specs, config.run.seed, layers.tensor_rank, layers.tensor_size)
+    decayed = parameter_groups(
+        module.named_parameters(), config.optimizer.weight_decay, lambda name, p: spec_of(p).decay
+    )
+    optimizer = build_optimizer(decayed, config.optimizer, device.type, parallel.offload_optimizer)
+    accumulation = joined.layout.accumulation(train.global_batch_size, train.micro_batch_size)
+    settings = deepspeed_config.derive(
+        parallel,
+        precision=train.precision,
+        micro_batch_size=train.micro_batch_size,
+        accumulation=accumulation,
+        data_parallel=joined.layout.data,
+        gradient_clipping=config.optimizer.gradient_clipping,
+        largest_bucket=sum(p.numel() for p in module.parameters()),
+        extra=config.deepspeed,
+    )
+    built = engine.create(
+        module,
+        optimizer,
+        joined,
+        config=settings,
+        loss=loss,
+        device=device,
+        gradient_clipping=config.optimizer.gradient_clipping,
+        accept=accept,
+    )
+    return built, specs
+
+
+def build(planned: Plan) -> Run:
+    """Everything a run needs, with its weights and data at the checkpoint it continues from or at step 0.
+
+    Raises MegalmError for files that are missing or do not belong together.
+    """
+    config = planned.config
+    found = resume.find(config)
+    if found:
+        resume.check(manifests.read(found), planned, str(found))
+    device = devices.local(devices.choose(config.run.device))
+    groups.start(device)
+    joined = groups.create(planned.layout)
+    train, logging = config.train, config.logging
+    anomalies = Anomalies(
+        train.on_nan, train.on_spike, train.spike_factor, train.max_anomalies, scaled=train.precision == "fp16"
+    )
+    built, specs = build_engine(config, joined, device, anomalies.accept)
+    run = Run(
+        planned,
+        joined,
+        built,
+        layer_names=[spec.name for spec in specs],
+        held_out=_held_out(planned, joined),
+        facts=_facts(planned, device, built.num_parameters),
+        # In this order each step: judge, listen, measure, write down, save.
+        callbacks=[
+            anomalies,
+            Signals(),
+            Evaluation(config.evaluate.every),
+            Metrics(logging, device),
+            Checkpoints(config.checkpoint.every),
+            GarbageCollection(logging.garbage_collection_every),
+        ],
+    )
+    state = resume.restore(run, found) if found else None
+    run.loader = Loader(
+        config.data,
+        planned.tokenizer,
+        rank=joined.data_rank,
+        size=planned.layout.data,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        sequence_length=train.sequence_length,
+        seed=config.run.seed,
+        state=state,
+    )
+    if run.is_main:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        (run.directory / "config.yaml").write_text(dump(config))
+    return run
+
+
+def _held_out(planned: Plan, joined: Groups) -> dict[str, list[engine.MicroBatch]]:
+    """This rank's micro-batches of every held-out corpus, by the corpus's name."""
+    data, train = planned.config.data, planned.config.train
+    return {
+        Path(source.path).name: [
+            tensors(batch)
+            for batch in held_out_batches(
+                source,
+                planned.tokenizer,
+                rank=joined.data_rank,
+                size=planned.layout.data,
+                micro_batch_size=train.micro_batch_size,
+                sequence_length=train.sequence_length,
+                sequences=planned.config.evaluate.sequences,
+                attend_across_documents=data.attend_across_documents,
+                verify_checksums=data.verify_checksums,
+            )
+        ]
+        for source in data.held_out
+    }
+
+
+def _facts(planned: Plan, device: torch.device, num_parameters: int) -> dict[str, str]:
+    """What was chosen for this run, for its log."""
+    config = planned.config
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
+    needs = requirements(
+        config.model, device=device.type, dtype=dtype, segmented=not config.data.attend_across_documents
+    )
+    optimizer = config.optimizer
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "model": f"{num_parameters:,} parameters, vocabulary {config.model.vocab_size:,}",
+        "layout": planned.layout.describe(),
+        "batch": (
+            f"{config.train.global_batch_size} x {config.train.sequence_length} tokens per step, "
+            f"{planned.accumulation} micro-batches of {config.train.micro_batch_size} per rank"
+        ),
+        "device": f"{where}, {config.train.precision}, ZeRO {config.parallel.zero}",
+        "attention": resolve(config.model.attention_backend, needs),
+        "optimizer": "AdamW, "
+        + resolve_implementation(optimizer.implementation, device.type, config.parallel.offload_optimizer),
+    }

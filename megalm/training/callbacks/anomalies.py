@@ -1,0 +1,72 @@
+"""What a step with a broken or exploding gradient does: stop, skip, or roll back. Each is counted."""
+
+import math
+from typing import Any
+
+from megalm.training.resume import roll_back
+from megalm.training.run import ANOMALY, Callback, Run
+
+_SMOOTHING = 0.98
+_WARMUP = 20
+
+
+class Anomalies(Callback):
+    """Judges the gradient norm before the optimizer moves (`accept`), and acts on the verdict after the step.
+
+    A spike is a norm above train.spike_factor times the running mean of the accepted norms, after 20 of them.
+    """
+
+    def __init__(self, on_nan: str, on_spike: str, spike_factor: float, max_anomalies: int, *, scaled: bool):
+        """scaled: fp16, where DeepSpeed skips overflowing steps itself while it looks for its loss scale."""
+        self._actions = {"nan": on_nan, "spike": on_spike}
+        self._factor = spike_factor
+        self._limit = max_anomalies
+        self._scaled = scaled
+        self._mean = 0.0
+        self._accepted = 0
+        self.count = 0
+
+    def accept(self, norm: float) -> bool:
+        """Whether a step of this global gradient norm may be applied. The same on every rank."""
+        kind = self._kind(norm)
+        if kind and self._actions[kind] != "ignore":
+            return False
+        if math.isfinite(norm):
+            self._accepted += 1
+            weight = max(1 - _SMOOTHING, 1 / self._accepted)
+            self._mean += weight * (norm - self._mean)
+        return True
+
+    def _kind(self, norm: float) -> str | None:
+        if not math.isfinite(norm):
+            return "nan"
+        if self._accepted >= _WARMUP and norm > self._factor * self._mean:
+            return "spike"
+        return None
+
+    def after_step(self, run: Run, record: dict[str, Any]) -> None:
+        if record["applied"] or (self._scaled and not math.isfinite(record["grad_norm"])):
+            return
+        kind = self._kind(record["grad_norm"]) or "nan"
+        action = self._actions[kind]
+        self.count += 1
+        record["anomalies"] = self.count
+        what = (
+            f"step {run.step}: loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}"
+            f" ({'not finite' if kind == 'nan' else f'a spike over the mean of {self._mean:.4g}'})"
+        )
+        if action == "stop" or self.count > self._limit:
+            run.stop = ANOMALY
+            why = f"train.on_{kind}=stop" if action == "stop" else f"more than train.max_anomalies={self._limit}"
+            run.say(f"{what}; stopped before the update ({why}); set train.on_{kind}=skip or rollback to go past it")
+        elif action == "rollback":
+            step = roll_back(run)
+            run.say(f"{what}; rolled back to step {step}, its samples are passed over ({self.count} so far)")
+        else:
+            run.say(f"{what}; skipped the update ({self.count} so far)")
+
+    def state(self) -> dict[str, Any]:
+        return {"mean": self._mean, "accepted": self._accepted, "count": self.count}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._mean, self._accepted, self.count = state["mean"], state["accepted"], state["count"]

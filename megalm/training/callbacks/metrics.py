@@ -1,0 +1,104 @@
+"""Records of the run: console, metrics.jsonl, wandb, TensorBoard, and the picture."""
+
+import time
+from typing import Any
+
+import torch
+
+from megalm.metrics import flops
+from megalm.metrics.config import LoggingConfig
+from megalm.metrics.meters import resident_memory
+from megalm.metrics.plot import plot_runs
+from megalm.metrics.sinks import Sink, open_sinks
+from megalm.training.run import Callback, Run
+
+
+class Metrics(Callback):
+    """Completes the record with rates and memory, and writes it every logging.every steps, on one rank.
+
+    A record that says something rare (a held-out loss, an anomaly) is written whatever the step.
+    """
+
+    def __init__(self, config: LoggingConfig, device: torch.device):
+        self._config = config
+        self._device = device
+        self._sinks: list[Sink] = []
+        self._seconds = 0.0
+        self._tokens = 0
+
+    def on_start(self, run: Run) -> None:
+        if not run.is_main:
+            return
+        width = max(map(len, run.facts))
+        for name, fact in run.facts.items():
+            run.say(f"{name:{width}}  {fact}")
+        start = f"continuing from step {run.step}" if run.step else "starting at step 0"
+        run.say(f"{start} of {run.config.train.steps}, in {run.directory}")
+        self._tokens = run.tokens
+        self._sinks = open_sinks(
+            self._config,
+            run.directory,
+            total_steps=run.config.train.steps,
+            resumed_step=run.step,
+            run_config=run.config.model_dump(),
+        )
+
+    def after_step(self, run: Run, record: dict[str, Any]) -> None:
+        self._seconds += record.pop("seconds")
+        rare = "held_out" in record or "anomalies" in record
+        if not run.is_main or not (rare or run.stop is not None or run.due(self._config.every)):
+            return
+        rate = max(run.tokens - self._tokens, 0) / self._seconds
+        record |= {"tokens_per_second": rate, "memory": self._memory(), "time": time.time()}
+        if self._device.type == "cuda":
+            record |= self._utilisation(run, rate)
+        for sink in self._sinks:
+            sink.write(record)
+        self._seconds, self._tokens = 0.0, run.tokens
+        if "held_out" in record:
+            self._draw(run)
+
+    def on_end(self, run: Run) -> None:
+        if self._sinks:
+            for sink in self._sinks:
+                sink.close()
+            if run.step:
+                self._draw(run)
+                run.say(f"curve: {run.directory / 'loss.png'}")
+
+    def _draw(self, run: Run) -> None:
+        plot_runs([run.directory], run.directory / "loss.png")
+
+    def _utilisation(self, run: Run, rate: float) -> dict[str, float]:
+        """TFLOP/s per GPU and MFU by both conventions: full attention (PaLM), and attention halved for causality."""
+        model, train = run.config.model, run.config.train
+        matrices = flops.matmul_parameters(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.key_value_heads,
+            head_dim=model.head_width,
+            intermediate_size=model.feed_forward_width,
+            gated=model.gated,
+            vocab_size=model.padded_vocab_size(),
+        )
+        ranks, peak = run.plan.layout.world_size, flops.peak_flops(torch.cuda.get_device_name(self._device))
+        record = {}
+        for suffix, causal in (("", False), ("_causal", True)):
+            per_token = flops.flops_per_token(
+                matrices,
+                num_layers=model.num_layers,
+                num_attention_heads=model.num_attention_heads,
+                head_dim=model.head_width,
+                sequence_length=train.sequence_length,
+                sliding_window=model.sliding_window,
+                causal=causal,
+            )
+            record[f"tflops{suffix}"] = rate * per_token / ranks / 1e12
+            if peak:
+                record[f"mfu{suffix}"] = flops.mfu(rate, per_token, peak, ranks)
+        return record
+
+    def _memory(self) -> int:
+        """Peak bytes on the GPU, or this process's resident bytes."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else resident_memory()

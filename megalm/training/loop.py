@@ -1,0 +1,51 @@
+"""The training loop. Whatever is not the loop is a callback."""
+
+import time
+from typing import Any
+
+import torch
+
+from megalm.data.batch import Batch
+from megalm.optim.schedule import learning_rate
+from megalm.parallel.engine import MicroBatch
+from megalm.training.run import DONE, Run
+
+
+def tensors(batch: Batch) -> MicroBatch:
+    """A loader's arrays as the engine's micro-batch, without copying."""
+    inputs = (batch.tokens, batch.segment_ids, batch.positions, batch.sample_ids)
+    return tuple(map(torch.from_numpy, inputs)), (  # type: ignore[return-value]
+        torch.from_numpy(batch.labels),
+        torch.from_numpy(batch.loss_mask),
+    )
+
+
+def train(run: Run) -> int:
+    """Train until the last step or until a callback sets run.stop. Returns the exit code."""
+    config = run.config
+    try:
+        for callback in run.callbacks:
+            callback.on_start(run)
+        while run.stop is None and not run.is_last_step:
+            started = time.perf_counter()
+            batches, run.data_state = next(run.loader)
+            rate = learning_rate(run.step, config.schedule, config.optimizer.learning_rate, config.train.steps)
+            result = run.engine.step([tensors(batch) for batch in batches], rate)
+            run.step += 1
+            run.tokens += result.trained_tokens
+            record: dict[str, Any] = {
+                "step": run.step,
+                "loss": result.loss,
+                "lr": rate,
+                "grad_norm": result.grad_norm,
+                "tokens": run.tokens,
+                "applied": result.applied,
+                "seconds": time.perf_counter() - started,
+            }
+            for callback in run.callbacks:
+                callback.after_step(run, record)
+    finally:
+        for callback in run.callbacks:
+            callback.on_end(run)
+        run.loader.close()
+    return DONE if run.stop is None else run.stop

@@ -1,0 +1,57 @@
+"""A config held against the ranks that were started and the files it names, before anything is allocated."""
+
+from dataclasses import dataclass
+
+from megalm.layout import Layout, check_model
+from megalm.parallel.config import ParallelConfig
+from megalm.tokenizer.base import Tokenizer
+from megalm.tokenizer.load import load as load_tokenizer
+from megalm.errors import MegalmError
+from megalm.training.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """config: with model.vocab_size filled in. accumulation: micro-batches of one rank per step."""
+
+    config: RunConfig
+    layout: Layout
+    accumulation: int
+    tokenizer: Tokenizer
+
+
+def stages(parallel: ParallelConfig) -> int:
+    """Pieces the layers are cut into."""
+    return parallel.pipeline * (2 if parallel.pipeline_schedule == "dualpipev" else 1)
+
+
+def plan(config: RunConfig, world_size: int) -> Plan:
+    """Raises MegalmError, with numbers and the nearest legal choice, for what cannot run on `world_size` ranks."""
+    parallel, train, model = config.parallel, config.train, config.model
+    layout = Layout.of(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline)
+    accumulation = layout.accumulation(train.global_batch_size, train.micro_batch_size)
+    pieces = stages(parallel)
+    if parallel.pipeline_schedule == "dualpipev" and accumulation < pieces:
+        needed = pieces * train.micro_batch_size * layout.data
+        raise MegalmError(
+            f"parallel.pipeline_schedule dualpipev over {parallel.pipeline} ranks needs at least {pieces} micro-batches "
+            f"per step, not {accumulation}: raise train.global_batch_size to {needed} or lower train.micro_batch_size"
+        )
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if model.vocab_size is None:
+        model = model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    elif model.vocab_size < tokenizer.vocab_size:
+        raise MegalmError(
+            f"model.vocab_size {model.vocab_size} is below the {tokenizer.vocab_size} ids of {config.data.tokenizer}: "
+            "leave it out to take the tokenizer's"
+        )
+    check_model(
+        layout,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.key_value_heads,
+        intermediate_size=model.feed_forward_width,
+        padded_vocab_size=model.padded_vocab_size(),
+        num_layers=model.num_layers,
+        stages=pieces,
+    )
+    return Plan(config.model_copy(update={"model": model}), layout, accumulation, tokenizer)

@@ -1,0 +1,85 @@
+"""A run in progress: what the loop and its callbacks share."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megalm.data.loader import Loader
+from megalm.parallel.engine import Engine, MicroBatch
+from megalm.parallel.groups import Groups
+from megalm.training.config import RunConfig
+from megalm.training.plan import Plan
+
+DONE, ANOMALY, PREEMPTED = 0, 3, 75
+"""Exit codes of a run."""
+
+
+class Callback:
+    """A concern of the loop. Every rank calls every hook, in the order of build.py's list."""
+
+    def on_start(self, run: "Run") -> None:
+        """Before the first step, after a checkpoint was loaded."""
+
+    def after_step(self, run: "Run", record: dict[str, Any]) -> None:
+        """After every step. Callbacks add to `record`; the last ones write it."""
+
+    def on_end(self, run: "Run") -> None:
+        """Once, however the run ends, on every rank that got that far."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs back; kept in the checkpoint."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what state() returned."""
+
+
+@dataclass
+class Run:
+    """layer_names: of the whole model, in order. held_out: this rank's micro-batches per corpus. facts: what
+    was chosen for this run, for its log. step: optimizer steps done. tokens: trained tokens so far. stop: an exit
+    code once the run should end."""
+
+    plan: Plan
+    groups: Groups
+    engine: Engine
+    loader: Loader
+    callbacks: list[Callback]
+    layer_names: list[str]
+    held_out: dict[str, list[MicroBatch]]
+    facts: dict[str, str]
+    step: int = 0
+    tokens: int = 0
+    data_state: dict[str, Any] = field(default_factory=dict)
+    loader: Loader = field(init=False)
+    stop: int | None = None
+
+    @property
+    def config(self) -> RunConfig:
+        return self.plan.config
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.plan.config.run.directory)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks for the run."""
+        return self.groups.rank == 0
+
+    @property
+    def is_last_step(self) -> bool:
+        return self.step >= self.config.train.steps
+
+    def say(self, message: str) -> None:
+        """A line for the person who watches, once, whatever the number of ranks; a progress bar stays whole."""
+        if self.is_main:
+            tqdm.write(message)
+            sys.stdout.flush()
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every `every` steps, and at the end, happens now."""
+        return self.is_last_step or bool(every and self.step % every == 0)
