@@ -1,0 +1,200 @@
+"""Pictures of one or several runs, drawn from their metrics.jsonl."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, MaxNLocator
+
+from megalm.errors import MegalmError
+from megalm.metrics.meters import format_count
+from megalm.metrics.records import Record, read_records
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, the faint yellow left out.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SHORT = 20  # curves of so few points are drawn as they are
+CROWDED = 40  # curves of so many held-out points go without markers
+INK, MUTED, GRID = "#222222", "#666666", "#E3E3E3"
+
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#AAAAAA",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.solid_capstyle": "round",
+}
+
+
+def plot_runs(
+    runs: list[Path],
+    output: Path,
+    *,
+    x: Literal["tokens", "steps"] = "tokens",
+    log_loss: bool = False,
+    title: str | None = None,
+) -> None:
+    """Draw training and held-out loss, learning rate and gradient norm of run folders into `output` (.png, .pdf, .svg).
+
+    The thin line is each record's loss, the thick one its moving average. A run without token counts puts all
+    of them on steps. Raises MegalmError for a folder without metrics.jsonl or with an empty one, and for an output
+    format that is not known.
+    """
+    curves = [_records(run) for run in runs]
+    key = "tokens" if x == "tokens" and all("tokens" in record for curve in curves for record in curve) else "step"
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 7.2), dpi=150, layout="constrained", facecolor="white")
+        canvas = FigureCanvasAgg(figure)
+        formats = canvas.get_supported_filetypes()
+        if output.suffix.lstrip(".").lower() not in formats:
+            raise MegalmError(f"{output} is not a picture that can be written: end its name in .png, .pdf or .svg")
+        loss_axes, rate_axes, norm_axes = figure.subplots(3, 1, sharex=True, height_ratios=[3.2, 1, 1])
+        names = _names(runs)
+        for index, (name, curve) in enumerate(zip(names, curves, strict=True)):
+            colour = COLOURS[index % len(COLOURS)]
+            style = ("-", "--", ":")[index // len(COLOURS) % 3]
+            places = _series(curve, key)
+            _draw_loss(loss_axes, curve, key, colour, style, name if len(runs) > 1 else None)
+            _draw_line(rate_axes, places, _series(curve, "lr"), color=colour, linestyle=style, linewidth=1.6)
+            norms = _series(curve, "grad_norm")
+            _draw_line(norm_axes, places, norms, color=colour, alpha=0.3, linewidth=0.7)
+            _draw_line(norm_axes, places, _smooth_logarithm(norms), color=colour, linestyle=style, linewidth=1.6)
+        if log_loss:
+            loss_axes.set_yscale("log")
+            loss_axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            loss_axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _finish(figure, loss_axes, rate_axes, norm_axes, key, title or (names[0] if len(runs) == 1 else None))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output)
+
+
+def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
+    """Moving average over `share` of the points on either side. Shape [n] -> [n].
+
+    At the start, where curves are steep, as few points after as there are before, so that the average does not lag.
+    NaN is left out of the averages; where there is nothing else, it stays.
+    """
+    n = len(values)
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    index = np.arange(n)
+    half = np.minimum(index, max(1, round(share * n)) if n > SHORT else 0)
+    low, high = index - half, np.minimum(index + half + 1, n)
+    number = counts[high] - counts[low]
+    return np.where(number > 0, (sums[high] - sums[low]) / np.maximum(number, 1), np.nan)
+
+
+def _smooth_logarithm(values: np.ndarray) -> np.ndarray:
+    """Geometric moving average: one spike does not lift its neighbours. What is not positive is left out."""
+    return np.exp(smooth(np.log(np.where(values > 0, values, np.nan))))
+
+
+def _records(run: Path) -> list[Record]:
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise MegalmError(f"{run} has no metrics.jsonl: name the folder of a run (run.directory)")
+    records = read_records(path)
+    if not records:
+        raise MegalmError(f"{path} holds no records yet: wait for the run's first step")
+    return records
+
+
+def _names(runs: list[Path]) -> list[str]:
+    """Folder names, with their parents' where two runs share one."""
+    names = [run.resolve().name for run in runs]
+    return [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
+
+
+def _series(records: list[Record], key: str) -> np.ndarray:
+    """Values of `key`, NaN where a record has none. Shape [records]."""
+    return np.array([_number(record.get(key)) for record in records], dtype=float)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _draw_line(axes: Axes, places: np.ndarray, values: np.ndarray, **style: Any) -> None:
+    """A line through the known points, or a dot when there is one."""
+    known = np.isfinite(places) & np.isfinite(values)
+    axes.plot(places[known], values[known], marker="o" if known.sum() == 1 else None, markersize=4, **style)
+
+
+def _draw_loss(axes: Axes, records: list[Record], key: str, colour: str, style: str, name: str | None) -> None:
+    """name: the run's, where there are several; their held-out curves then share its colour."""
+    places, losses = _series(records, key), _series(records, "loss")
+    if len(records) > SHORT:
+        _draw_line(axes, places, losses, color=colour, alpha=0.35, linewidth=0.7)
+    _draw_line(axes, places, smooth(losses), color=colour, linestyle=style, linewidth=2.0, label=name or "training")
+    corpora = sorted({corpus for record in records for corpus in record.get("held_out") or {}})
+    for number, corpus in enumerate(corpora):
+        points = [(_number(r.get(key)), _number((r.get("held_out") or {}).get(corpus))) for r in records]
+        points = [point for point in points if all(map(math.isfinite, point))]
+        label = f"held out: {corpus}"
+        axes.plot(
+            [place for place, _ in points],
+            [loss for _, loss in points],
+            color=colour if name else COLOURS[(number + 1) % len(COLOURS)],
+            linestyle=(0, (4, 2)) if name else "-",
+            linewidth=1.3,
+            marker=MARKERS[number % len(MARKERS)] if len(points) <= CROWDED else "",
+            markersize=5,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            label=f"{name}, {label}" if name else label,
+        )
+
+
+def _finish(figure: Figure, loss: Axes, rate: Axes, norm: Axes, key: str, title: str | None) -> None:
+    """Labels, scales and legend."""
+    if title:
+        loss.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=10)
+    loss.set_ylabel("loss (nats per token)")
+    rate.set_ylabel("learning rate")
+    norm.set_ylabel("gradient norm")
+    norm.set_xlabel("training tokens" if key == "tokens" else "steps")
+    figure.align_ylabels()
+    norm.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    norm.xaxis.set_major_formatter(
+        FuncFormatter(_format_tokens if key == "tokens" else lambda value, _: f"{value:,.0f}")
+    )
+    rate.set_ylim(bottom=0)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+    rate.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    norms = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in norm.lines])
+    positive = norms[norms > 0]
+    if len(positive) and positive.max() > 20 * positive.min():
+        norm.set_yscale("log")
+        norm.yaxis.set_major_formatter(LogFormatterSciNotation())
+    else:
+        norm.set_ylim(bottom=0)
+        norm.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    handles, labels = loss.get_legend_handles_labels()
+    loss.legend(handles, labels, loc="upper right", ncols=1 if len(labels) <= 8 else 2)
+
+
+def _format_tokens(value: float, _: int | None = None) -> str:
+    """Of a tick: 400K, 1.2M, 1.05B."""
+    return re.sub(r"\.?0+(?=[A-Z]$)", "", text) if "." in (text := format_count(value)) else text

@@ -1,0 +1,42 @@
+"""RUN/metrics.jsonl: one JSON object per logged step.
+
+Keys that readers know: step (optimizer steps done), loss (nats per token), lr, grad_norm, tokens (trained so far),
+tokens_per_second, memory (bytes), held_out ({corpus: nats per token}). Others pass through. A number that is not
+finite is written as null, since JSON has no name for it.
+"""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+logger = logging.getLogger(__name__)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl. A line cut short by a crash is left out, and the log says so."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        else:
+            logger.warning("%s line %d is not a record (cut short?) and is left out", path, number)
+    return records
+
+
+def write_record(record: Record) -> str:
+    """One line of JSON, without its end."""
+    return json.dumps(_finite(record), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
