@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -87,8 +88,8 @@ def _content_suffix(path: Path) -> str:
 
 
 def _text_file(path: Path, source: str, tally: Tally, max_characters: int) -> Iterator[Document]:
-    with _open_input(path) as stream:
-        content = _read(stream, path)
+    with _open_raw(path) as raw, _decompressed(raw, path) as stream:
+        content = b"".join(_lines(stream, path))
     if b"\0" in content[:8192]:
         tally.skipped["binary"] += 1
         return
@@ -141,7 +142,7 @@ class JsonlReader:
     def __iter__(self) -> Iterator[Document]:
         done = 0
         for path in self.paths:
-            with path.open("rb") as raw, _decompressed(raw, path) as stream:
+            with _open_raw(path) as raw, _decompressed(raw, path) as stream:
                 for line in _lines(stream, path):
                     self.bytes_read = done + raw.tell()
                     document = self._parse(line, str(path))
@@ -174,9 +175,9 @@ class JsonlReader:
         return Document(text, source if isinstance(source, str) else path)
 
 
-def _open_input(path: Path) -> BinaryIO:
+def _open_raw(path: Path) -> BinaryIO:
     try:
-        return _decompressed(path.open("rb"), path)
+        return path.open("rb")
     except OSError as error:
         raise MegalmError(f"cannot read {path}: {error.strerror}") from error
 
@@ -227,17 +228,10 @@ class _ZstdStream(io.RawIOBase):
         return b"".join(parts)
 
 
-def _read(stream: BinaryIO, path: Path) -> bytes:
-    try:
-        return stream.read()
-    except (OSError, EOFError, zstandard.ZstdError) as error:
-        raise MegalmError(f"{path} is damaged or cut short ({error}): copy it again, or leave it out") from error
-
-
 def _lines(stream: BinaryIO, path: Path) -> Iterator[bytes]:
     try:
         yield from stream
-    except (OSError, EOFError, zstandard.ZstdError) as error:
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise MegalmError(f"{path} is damaged or cut short ({error}): copy it again, or leave it out") from error
 
 

@@ -82,26 +82,22 @@ class ShardReader:
         self.read_into(ids, start)
         return ids
 
-    def read_into(self, ids: np.ndarray, start: int) -> None:
-        """Fill an int64 array [length] with the ids from `start` on."""
-        assert 0 <= start <= start + len(ids) <= self.tokens_total
-        number = bisect.bisect_right(self._token_starts, start) - 1
-        while len(ids):
-            here = ids[: self._token_starts[number + 1] - start]
-            _copy_documents(here, self._shard(number), start - self._token_starts[number])
-            ids, start, number = ids[len(here) :], start + len(here), number + 1
+    def read_into(self, ids: np.ndarray, start: int) -> list[int]:
+        """Fill an int64 array [length] with the ids from `start` on.
 
-    def document_starts(self, start: int, stop: int) -> np.ndarray:
-        """Token numbers in start..stop at which a document begins, int64, ascending."""
-        parts = []
-        number = bisect.bisect_right(self._token_starts, start) - 1
-        while number < len(self._token_starts) - 1 and self._token_starts[number] < stop:
-            base = self._token_starts[number]
-            starts = self._shard(number)[TOKEN_STARTS]
-            first, last = np.searchsorted(starts[:-1], (start - base, stop - base), "left")
-            parts.append(np.asarray(starts[first:last]) + base)
-            number += 1
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        Returns the places in it, ascending, at which a document begins.
+        """
+        stop = start + len(ids)
+        assert 0 <= start <= stop <= self.tokens_total
+        places: list[int] = []
+        shard = bisect.bisect_right(self._token_starts, start) - 1
+        done = start
+        while done < stop:
+            base, end = self._token_starts[shard], min(stop, self._token_starts[shard + 1])
+            begins = _copy_documents(ids[done - start : end - start], self._shard(shard), done - base)
+            places += [place + base - start for place in begins]
+            done, shard = end, shard + 1
+        return places
 
     def document(self, number: int) -> np.ndarray:
         """Ids of one document, its end included, int64."""
@@ -119,8 +115,8 @@ class ShardReader:
             return self._open[number]
         path = self.folder / self.index["shards"][number]["name"]
         try:
-            table = np.load(path.with_suffix(".npy"), mmap_mode="r")
-            opened = table[TOKEN_STARTS], table[BYTE_OFFSETS], np.memmap(path, self.dtype, mode="r")
+            table = np.asarray(np.load(path.with_suffix(".npy"), mmap_mode="r"))
+            opened = table[TOKEN_STARTS], table[BYTE_OFFSETS], np.asarray(np.memmap(path, self.dtype, mode="r"))
         except (OSError, ValueError) as error:
             raise MegalmError(f"cannot read the shard {path} ({error}): was it changed while in use?") from error
         self._open[number] = opened
@@ -129,20 +125,27 @@ class ShardReader:
         return opened
 
 
-def _copy_documents(ids: np.ndarray, shard: tuple[np.ndarray, np.ndarray, np.ndarray], start: int) -> None:
-    """Fill ids [length] from documents that lie apart in the .tar, from token `start` of the shard on."""
+def _copy_documents(ids: np.ndarray, shard: tuple[np.ndarray, np.ndarray, np.ndarray], start: int) -> list[int]:
+    """Fill ids [length] from documents that lie apart in the .tar, from token `start` of the shard on.
+
+    Returns the tokens of the shard, within the range, at which a document begins.
+    """
     starts, offsets, stream = shard
     stop = start + len(ids)
-    first = int(np.searchsorted(starts, start, "right")) - 1
-    last = int(np.searchsorted(starts, stop, "left"))
-    inside = np.clip(starts[first : last + 1], start, stop)
-    shift = offsets[first:last] // stream.itemsize - starts[first:last]
+    first = int(starts.searchsorted(start, "right")) - 1
+    last = int(starts.searchsorted(stop, "left"))
+    bounds = starts[first:last].tolist()
     if last - first > FEW_DOCUMENTS:
-        ids[:] = stream[np.arange(start, stop) + np.repeat(shift, np.diff(inside))]
-        return
-    bounds = inside.tolist()
-    for begin, end, distance in zip(bounds, bounds[1:], shift.tolist(), strict=False):
-        ids[begin - start : end - start] = stream[begin + distance : end + distance]
+        shift = offsets[first:last] // stream.itemsize - starts[first:last]
+        lengths = np.diff([start, *bounds[1:], stop])
+        ids[:] = stream[np.arange(start, stop) + np.repeat(shift, lengths)]
+    else:
+        ends = [*bounds[1:], stop]
+        for begin, end, offset in zip(bounds, ends, offsets[first:last].tolist(), strict=True):
+            source = offset // stream.itemsize - begin
+            begin = max(begin, start)
+            ids[begin - start : end - start] = stream[source + begin : source + end]
+    return bounds if bounds[0] == start else bounds[1:]
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

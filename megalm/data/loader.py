@@ -23,6 +23,8 @@ from megalm.tokenizer.base import Tokenizer
 
 Step = tuple[list[Batch], dict[str, Any]]
 """The micro-batches of one step on one rank, and the state of the loader after it."""
+ORDERED_AHEAD = 512
+"""Samples whose place is computed at a time, since numpy's cost per call is far above its cost per number."""
 
 
 class Loader:
@@ -44,6 +46,7 @@ class Loader:
         sequence_length: int,
         seed: int,
         state: Mapping[str, Any] | None = None,
+        start: int = 0,
     ) -> None:
         """Open the shards and start reading ahead.
 
@@ -52,7 +55,8 @@ class Loader:
             global_batch_size: sequences per step over all ranks.
             micro_batch_size: rows of each batch.
             sequence_length: S; batches are [micro_batch_size, S].
-            state: continue behind this record of an earlier loader. Default: from sample 0.
+            state: continue behind this record of an earlier loader.
+            start: without a state, the first sample.
 
         Raises:
             MegalmError: shards that are missing, damaged, empty or of another tokenizer; batch sizes that do not
@@ -90,7 +94,7 @@ class Loader:
             self._check(state)
         self.samples_per_epoch = [corpus.samples for corpus in corpora]
         """Windows of each source."""
-        self._steps: Iterator[Step] = self._produce(0 if state is None else int(state["samples"]))
+        self._steps: Iterator[Step] = self._produce(start if state is None else int(state["samples"]))
         if config.prefetch:
             self._steps = _Prefetched(self._steps, config.prefetch)
 
@@ -130,16 +134,20 @@ class Loader:
                 )
 
     def _produce(self, samples: int) -> Iterator[Step]:
+        rows, micro = self._global_batch_size // self._size, self._micro_batch_size
+        steps = -(-ORDERED_AHEAD // rows)
         while True:
-            numbers = samples + self._rank + self._size * np.arange(self._global_batch_size // self._size)
-            corpus, window = self._mixture(numbers)
-            rows = [(self._readers[c], w) for c, w in zip(corpus.tolist(), window.tolist(), strict=True)]
-            micro = self._micro_batch_size
-            batches = [
-                self._packer.batch(rows[i : i + micro], numbers[i : i + micro]) for i in range(0, len(rows), micro)
-            ]
-            samples += self._global_batch_size
-            yield batches, {"samples": samples, "blend": self.blend}
+            order = np.arange(steps)[:, None] * self._global_batch_size + self._size * np.arange(rows) + self._rank
+            numbers = samples + order
+            corpora, windows = (values.reshape(order.shape).tolist() for values in self._mixture(numbers.ravel()))
+            for step in range(steps):
+                chosen = [(self._readers[c], w) for c, w in zip(corpora[step], windows[step], strict=True)]
+                batches = [
+                    self._packer.batch(chosen[row : row + micro], numbers[step, row : row + micro])
+                    for row in range(0, rows, micro)
+                ]
+                samples += self._global_batch_size
+                yield batches, {"samples": samples, "blend": self.blend}
 
 
 class _Prefetched:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-
 from megalm.data.batch import Batch
 from megalm.data.index import ShardReader
 
@@ -33,34 +32,72 @@ class Packer:
         self._length = sequence_length
         self._pad_id = pad_id
         self._attend_across_documents = attend_across_documents
-        self._ramp = np.arange(sequence_length, dtype=np.int64)
+        self._constants: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def batch(self, rows: Sequence[tuple[ShardReader, int] | None], sample_ids: np.ndarray) -> Batch:
-        """A batch of one window (corpus, number) per row; None is a row of padding, masked throughout."""
+        """A batch of one window (corpus, number) per row; None is a row of padding, masked throughout.
+
+        Arrays that are the same for many batches are shared between them, and therefore read-only.
+        """
         length = self._length
         ids = np.empty((len(rows), length + 1), np.int64)
-        starts = None if self._attend_across_documents else np.zeros((len(rows), length + 1), bool)
-        loss_mask = np.ones((len(rows), length), np.float32)
+        present = []
+        begins: list[list[int]] = []
         for row, window in enumerate(rows):
-            present = 0
-            if window is not None:
+            if window is None:
+                present.append(0)
+                begins.append([])
+            else:
                 reader, number = window
-                begin = number * length
-                present = min(length + 1, reader.tokens_total - begin)
-                reader.read_into(ids[row, :present], begin)
-                if starts is not None:
-                    starts[row, reader.document_starts(begin, begin + present) - begin] = True
-            if present <= length:
-                ids[row, present:] = self._pad_id
-                loss_mask[row, max(present - 1, 0) :] = 0.0
-                if starts is not None:
-                    starts[row, present] = True
-        if starts is None:
-            segment_ids = np.zeros((len(rows), length), np.int64)
-            positions = np.tile(self._ramp, (len(rows), 1))
-        else:
-            starts[:, 0] = False
-            segment_ids = np.cumsum(starts[:, :-1], axis=1, dtype=np.int64)
-            positions = self._ramp - np.maximum.accumulate(np.where(starts[:, :-1], self._ramp, 0), axis=1)
-            loss_mask[starts[:, 1:]] = 0.0
+                start = number * length
+                present.append(min(length + 1, reader.tokens_total - start))
+                begins.append(reader.read_into(ids[row, : present[row]], start))
+            ids[row, present[row] :] = self._pad_id
+        whole = min(present) == length + 1
+        loss_mask, segment_ids, positions = self._constant(len(rows))
+        if not whole:
+            loss_mask = loss_mask.copy()
+            for row, tokens in enumerate(present):
+                loss_mask[row, max(tokens - 1, 0) :] = 0.0
+        if not self._attend_across_documents:
+            loss_mask, segment_ids, positions = self._isolate(loss_mask, begins, present)
         return Batch(ids[:, :-1], ids[:, 1:], loss_mask, segment_ids, positions, np.asarray(sample_ids, np.int64))
+
+    def _constant(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mask, segment ids and positions of whole windows whose documents see each other."""
+        if rows not in self._constants:
+            shape = rows, self._length
+            arrays = (
+                np.ones(shape, np.float32),
+                np.zeros(shape, np.int64),
+                np.tile(np.arange(self._length, dtype=np.int64), (rows, 1)),
+            )
+            for array in arrays:
+                array.flags.writeable = False
+            self._constants[rows] = arrays
+        return self._constants[rows]
+
+    def _isolate(
+        self, loss_mask: np.ndarray, begins: list[list[int]], present: list[int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mask, segment ids and positions when each document is its own segment.
+
+        Args:
+            loss_mask: [rows, S], 0 on padding.
+            begins: of each row, the places at which documents begin, in 0..S.
+            present: of each row, its tokens that are not padding, in 0..S+1.
+        """
+        length = self._length
+        mask = loss_mask.copy()
+        starts: list[int] = []  # of segments, in the flattened batch
+        numbers: list[int] = []  # of segments, within their row
+        for row, (places, tokens) in enumerate(zip(begins, present, strict=True)):
+            inner = [place for place in [*places, tokens] if 0 < place <= length]
+            mask[row, [place - 1 for place in inner]] = 0.0
+            segments = [0, *(place for place in inner if place < length)]
+            starts += [row * length + place for place in segments]
+            numbers += range(len(segments))
+        lengths = np.diff([*starts, mask.size])
+        segment_ids = np.repeat(numbers, lengths).reshape(mask.shape)
+        positions = (np.arange(mask.size) - np.repeat(starts, lengths)).reshape(mask.shape)
+        return mask, segment_ids, positions

@@ -121,7 +121,7 @@ def write(
                 raise MegalmError(f"a held-out fraction of {held_out_fraction} leaves nothing to train on: lower it")
             for part in parts.values():
                 if part.documents:
-                    part.finish(tokenizer, tally.skipped)
+                    part.finish(tally.skipped)
                 else:
                     part.folder.rmdir()
     except BrokenProcessPool as error:
@@ -148,20 +148,19 @@ def _write_parts(
     shard_bytes: int,
     reader: JsonlReader,
     report: Callable[[Progress], None] | None,
-) -> tuple[dict[str, "_Part"], int]:
+) -> tuple[dict[str, "ShardWriter"], int]:
     """Distribute documents over the parts; also the smallest hash seen."""
-    itemsize = _dtype(tokenizer).itemsize
     smallest = 2**64 - 1
     with ExitStack() as stack:
         parts = {}
         for name in (TRAIN, HELD_OUT):
             shutil.rmtree(partial / name, ignore_errors=True)
-            parts[name] = _Part(partial / name, _dtype(tokenizer), shard_bytes)
+            parts[name] = ShardWriter(partial / name, tokenizer, shard_bytes)
             stack.callback(parts[name].close_shard)
         for hashes, documents in tokenised:
             for number, ids in zip(hashes, documents, strict=True):
                 smallest = min(smallest, number)
-                parts[HELD_OUT if number < threshold else TRAIN].add(ids, len(ids) // itemsize)
+                parts[HELD_OUT if number < threshold else TRAIN].add(ids)
             if report is not None:
                 documents_done = sum(part.documents for part in parts.values())
                 tokens_done = sum(part.tokens for part in parts.values())
@@ -169,14 +168,16 @@ def _write_parts(
     return parts, smallest
 
 
-class _Part:
-    """One shard folder in the making."""
+class ShardWriter:
+    """One shard folder in the making: `add` documents, then `finish`."""
 
-    def __init__(self, folder: Path, dtype: np.dtype, shard_bytes: int) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_bytes: int) -> None:
+        """Make the folder, which must not exist. A shard is closed when it has reached shard_bytes."""
         self.folder = folder
         self.documents = 0
         self.tokens = 0
-        self._dtype = dtype
+        self._tokenizer = tokenizer
+        self._dtype = _dtype(tokenizer)
         self._shard_bytes = shard_bytes
         self._shards: list[dict[str, Any]] = []
         self._stream: BinaryIO | None = None
@@ -184,8 +185,8 @@ class _Part:
         self._shard_tokens = 0
         folder.mkdir(parents=True)
 
-    def add(self, content: bytes, tokens: int) -> None:
-        """Append a document."""
+    def add(self, content: bytes) -> None:
+        """Append a document: its ids in the shards' type, little-endian, the end included."""
         if self._stream is None:
             self._stream = (self.folder / f"shard-{len(self._shards):06d}.tar").open("wb")
         header = tarfile.TarInfo(f"{self.documents:012d}.{self._dtype.name}")
@@ -193,6 +194,7 @@ class _Part:
         self._stream.write(header.tobuf(tarfile.USTAR_FORMAT))
         self._table.append((self._shard_tokens, self._stream.tell()))
         self._stream.write(content + bytes(-len(content) % BLOCK))
+        tokens = len(content) // self._dtype.itemsize
         self._shard_tokens += tokens
         self.documents += 1
         self.tokens += tokens
@@ -227,8 +229,10 @@ class _Part:
         )
         self._table, self._shard_tokens = [], 0
 
-    def finish(self, tokenizer: Tokenizer, skipped: Counter[str]) -> None:
-        """Write index.json."""
+    def finish(self, skipped: Counter[str]) -> None:
+        """Write index.json, which makes the folder a shard folder."""
+        self.close_shard()
+        tokenizer = self._tokenizer
         described = {
             "kind": tokenizer.kind,
             "fingerprint": tokenizer.fingerprint,

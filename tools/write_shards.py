@@ -1,0 +1,57 @@
+"""Tokenise corpus files into shards: OUTPUT/train and OUTPUT/held_out."""
+
+import argparse
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+from megalm.data.shards import Progress, write
+from megalm.errors import main_guard
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--corpus", nargs="+", required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.zst")
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="folder, .model or tokenizer.json")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--held-out", type=float, default=0.01, metavar="SHARE", help="share of documents (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one per core)"
+    )
+    parser.add_argument("--shard-megabytes", type=int, default=256, metavar="N", help="default: %(default)s")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="key of the text in JSONL (default: text)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    arguments = parser.parse_args()
+
+    started = time.monotonic()
+    with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+
+        def report(progress: Progress) -> None:
+            bar.total = progress.total_bytes
+            bar.set_postfix(documents=progress.documents, tokens=progress.tokens, refresh=False)
+            bar.update(progress.bytes_read - bar.n)
+
+        written = write(
+            arguments.corpus,
+            arguments.tokenizer,
+            arguments.output,
+            held_out_fraction=arguments.held_out,
+            shard_bytes=arguments.shard_megabytes * 2**20,
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+            text_field=arguments.text_field,
+            report=report,
+        )
+    parts = ", ".join(
+        f"{name}: {written.documents[name]:,} documents, {written.tokens[name]:,} tokens" for name in written.documents
+    )
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(written.skipped.items())) or "nothing"
+    print(f"{arguments.output}: {parts}; skipped: {skipped}; in {time.monotonic() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    main_guard(main)
