@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogFormatter, LogFormatterSciNotation, MaxNLocator
 
 from megalm.errors import MegalmError
 from megalm.metrics.meters import format_count
@@ -83,7 +83,8 @@ def plot_runs(
         if log_loss:
             loss_axes.set_yscale("log")
             loss_axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            loss_axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            loss_axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.8)))
+            loss_axes.grid(which="minor", color=GRID, linewidth=0.8)
         _finish(figure, loss_axes, rate_axes, norm_axes, key, title or (names[0] if len(runs) == 1 else None))
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output)
@@ -122,9 +123,12 @@ def _records(run: Path) -> list[Record]:
 
 
 def _names(runs: list[Path]) -> list[str]:
-    """Folder names, with their parents' where two runs share one."""
-    names = [run.resolve().name for run in runs]
-    return [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
+    """The folders' names, with as many of their parents as it takes to tell them apart."""
+    parts = [run.resolve().parts for run in runs]
+    depth = 1
+    while len({names[-depth:] for names in parts}) < len(set(parts)):
+        depth += 1
+    return ["/".join(names[-depth:]) for names in parts]
 
 
 def _series(records: list[Record], key: str) -> np.ndarray:
@@ -191,8 +195,8 @@ def _finish(figure: Figure, loss: Axes, rate: Axes, norm: Axes, key: str, title:
     else:
         norm.set_ylim(bottom=0)
         norm.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    handles, labels = loss.get_legend_handles_labels()
-    loss.legend(handles, labels, loc="upper right", ncols=1 if len(labels) <= 8 else 2)
+    legend = loss.legend(loc="upper right")
+    legend.set_in_layout(False)  # long names would squeeze the axes
 
 
 def _format_tokens(value: float, _: int | None = None) -> str:
