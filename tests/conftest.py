@@ -1,6 +1,10 @@
-"""Tests marked `gpu` need CUDA."""
+"""Tests marked `gpu` need CUDA; property tests have no deadline, since other processes share the machine."""
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("megalm", deadline=None)
+hypothesis.settings.load_profile("megalm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
