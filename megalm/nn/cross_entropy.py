@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 
-def _row_chunks(logits: Tensor) -> Iterator[slice]:
+def _chunks(logits: Tensor) -> Iterator[slice]:
     """Slices of rows whose fp32 copy stays in a CPU's cache, or is small beside a GPU's memory."""
     elements = 2**27 if logits.is_cuda else 2**19
     step = max(1, elements // logits.shape[1])
@@ -17,42 +18,36 @@ def _row_chunks(logits: Tensor) -> Iterator[slice]:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor) -> Tensor:
-        normaliser = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-        for rows in _row_chunks(logits):
-            normaliser[rows] = torch.logsumexp(logits[rows].float(), dim=-1)
-        ctx.save_for_backward(logits, labels, normaliser)
-        return normaliser - logits.gather(1, labels[:, None]).squeeze(1)
+        ctx.save_for_backward(logits, labels)
+        losses = [F.cross_entropy(logits[rows].float(), labels[rows], reduction="none") for rows in _chunks(logits)]
+        return torch.cat(losses)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         """d loss / d logits = probabilities - one_hot(label), of every row."""
-        logits, labels, normaliser = ctx.saved_tensors
+        logits, labels = ctx.saved_tensors
         logits_gradient = torch.empty_like(logits)
-        for rows in _row_chunks(logits):
-            chunk = (logits[rows] - normaliser[rows, None]).exp_()
+        for rows in _chunks(logits):
+            chunk = logits[rows].float().softmax(dim=-1)
             chunk.scatter_add_(1, labels[rows, None], chunk.new_full((len(chunk), 1), -1.0))
-            torch.mul(chunk, gradient[rows, None], out=logits_gradient[rows])
+            logits_gradient[rows] = chunk.mul_(gradient[rows, None])
         return logits_gradient, None
 
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor) -> Tensor:
-        normaliser = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-        for rows in _row_chunks(logits):
-            normaliser[rows] = torch.logsumexp(logits[rows].float(), dim=-1)
-        ctx.save_for_backward(logits, normaliser)
-        return normaliser
+        ctx.save_for_backward(logits)
+        return torch.cat([torch.logsumexp(logits[rows].float(), dim=-1) for rows in _chunks(logits)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        logits, normaliser = ctx.saved_tensors
+        (logits,) = ctx.saved_tensors
         logits_gradient = torch.empty_like(logits)
-        for rows in _row_chunks(logits):
-            chunk = (logits[rows] - normaliser[rows, None]).exp_()
-            torch.mul(chunk, gradient[rows, None], out=logits_gradient[rows])
+        for rows in _chunks(logits):
+            logits_gradient[rows] = logits[rows].float().softmax(dim=-1).mul_(gradient[rows, None])
         return logits_gradient
 
 

@@ -182,15 +182,20 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         if grouped:  # the memory-efficient kernel, the only one here for arbitrary masks, has no grouped heads
             k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
             grouped = False
-        # cuDNN's backward pass gives NaN with a mask for some lengths (seen in torch 2.11: seq % 128 == 64)
-        kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        if queries % 128 != 64 and keys % 128 != 64:
-            kernels.append(SDPBackend.CUDNN_ATTENTION)
-        allowed = sdpa_kernel(kernels)
+        allowed = sdpa_kernel(kernels_for_masks(queries, keys))
     q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
     with allowed:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen if bias is None else bias, enable_gqa=grouped)
     return _heads_first(mixed)
+
+
+def kernels_for_masks(queries: int, keys: int) -> list[SDPBackend]:
+    """Kernels that may be given a mask tensor on a GPU."""
+    kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    # cuDNN's gradients are NaN with a mask at lengths of 64 modulo 128 (torch 2.11)
+    if queries % 128 != 64 and keys % 128 != 64:
+        kernels.append(SDPBackend.CUDNN_ATTENTION)
+    return kernels
 
 
 def _pinned(kernel: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, Mask], Tensor]:

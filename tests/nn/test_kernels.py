@@ -1,0 +1,321 @@
+"""Attention backends against a loop over queries in fp64, and the choice between them."""
+
+import math
+import sys
+import types
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalm.errors import MegalmError
+from megalm.nn import kernels
+from megalm.nn.kernels import BACKENDS, Mask, Requirements, attention, resolve, segment_bounds
+
+BATCH, SEQ, HEADS, DIM = 2, 13, 4, 8
+SEGMENTS = torch.tensor([[0] * 5 + [1] * 3 + [2] * 5, [0] * 12 + [1]])
+
+
+def inputs(kv_heads: int = HEADS, keys: int = SEQ, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(BATCH, SEQ, HEADS, DIM), (BATCH, keys, kv_heads, DIM), (BATCH, keys, kv_heads, DIM)]
+    return [torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def by_loops(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """The definition, one query at a time, in fp64."""
+    q, k, v = (x.double() for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    rows = []
+    for b in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            for h in range(q.shape[2]):
+                scores, values = [], []
+                for j in range(k.shape[1]):
+                    past = j <= i
+                    seen = mask.kind == "full" or past
+                    if mask.kind == "prefix" and j < mask.prefix_lengths[b]:
+                        seen = True
+                    if mask.window is not None and abs(i - j) >= mask.window:
+                        seen = False
+                    if mask.query_segments is not None and mask.query_segments[b, i] != mask.key_segments[b, j]:
+                        seen = False
+                    if seen:
+                        score = q[b, i, h] @ k[b, j, h // group] / math.sqrt(q.shape[-1])
+                        if mask.slopes is not None:
+                            score = score - mask.slopes[h].double() * abs(i - j)
+                        scores.append(score)
+                        values.append(v[b, j, h // group])
+                rows.append(torch.stack(scores).softmax(0) @ torch.stack(values))
+    return torch.stack(rows).view(q.shape[0], q.shape[1], q.shape[2], -1)
+
+
+MASKS = {
+    "causal": Mask(),
+    "full": Mask("full"),
+    "prefix": Mask("prefix", prefix_lengths=torch.tensor([4, 9])),
+    "segments": Mask(query_segments=SEGMENTS, key_segments=SEGMENTS),
+    "full-segments": Mask("full", query_segments=SEGMENTS, key_segments=SEGMENTS),
+    "window": Mask(window=4),
+    "full-window": Mask("full", window=3),
+    "window-segments": Mask(window=3, query_segments=SEGMENTS, key_segments=SEGMENTS),
+    "alibi": Mask(slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625])),
+    "alibi-segments": Mask(
+        slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625]), query_segments=SEGMENTS, key_segments=SEGMENTS
+    ),
+}
+CPU_BACKENDS = [name for name, backend in BACKENDS.items() if "cpu" in backend.devices and backend.module is None]
+
+
+def difference(backend: str, mask: Mask, planted: Mask | None = None, kv_heads: int = 2) -> float:
+    """Of output and gradients from the loops; `planted` is given to the backend instead of the mask."""
+    mine, reference = inputs(kv_heads), inputs(kv_heads, dtype=torch.float64)
+    out, expected = attention(*mine, planted or mask, backend), by_loops(*reference, mask)
+    seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+    gradients = torch.autograd.grad(out, mine, seed)
+    expected_gradients = torch.autograd.grad(expected, reference, seed.double())
+    pairs = zip((out, *gradients), (expected, *expected_gradients), strict=True)
+    return max((a.double() - b).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_equals_the_definition(backend: str, mask: str) -> None:
+    needs = Requirements("cpu", torch.float32, kind=MASKS[mask].kind, alibi=MASKS[mask].slopes is not None)
+    assert BACKENDS[backend].refusal(needs) is None
+    assert difference(backend, MASKS[mask]) < 1e-5
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_grouped_heads(backend: str, kv_heads: int) -> None:
+    assert difference(backend, Mask(), kv_heads=kv_heads) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        (MASKS["window"], Mask(window=5)),
+        (MASKS["segments"], Mask()),
+        (MASKS["prefix"], Mask("prefix", prefix_lengths=torch.tensor([5, 9]))),
+        (MASKS["alibi"], Mask(slopes=torch.tensor([0.5, 0.25, 0.125, 0.06]))),
+        (MASKS["full"], Mask()),
+    ],
+)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_comparison_catches_a_wrong_mask(backend: str, right: Mask, wrong: Mask) -> None:
+    assert difference(backend, right, planted=wrong) > 1e-4
+
+
+@pytest.mark.parametrize("backend", ["plain", "sdpa"])
+def test_cross_attention_of_another_length(backend: str) -> None:
+    q, k, v = inputs(2, keys=7)
+    segments = torch.tensor([[0] * 3 + [1] * 3 + [2], [0] * 4 + [1] * 3])
+    mask = Mask("full", query_segments=SEGMENTS, key_segments=segments)
+    assert (attention(q, k, v, mask, backend) - by_loops(q, k, v, mask)).abs().max() < 1e-5
+
+
+def test_bf16_stays_near_fp64() -> None:
+    for backend in CPU_BACKENDS:
+        q, k, v = inputs(2, dtype=torch.bfloat16)
+        out = attention(q, k, v, Mask(), backend)
+        assert out.dtype == torch.bfloat16
+        assert (out.double() - by_loops(q, k, v, Mask())).abs().max() < 0.03
+
+
+def test_segment_bounds() -> None:
+    assert segment_bounds(SEGMENTS).tolist() == [0, 5, 8, 13, 25, 26]
+    assert segment_bounds(torch.zeros(2, 3, dtype=torch.int64)).tolist() == [0, 3, 6]
+    assert segment_bounds(SEGMENTS).dtype == torch.int32
+
+
+# ---- the packages, whose kernels need a GPU: what they are called with, played by a stand-in that computes on the CPU
+
+
+def fake_flash(module: str, unlimited: int | None, returns_pair: bool) -> types.ModuleType:
+    """A package with flash-attn's interface (dense and of variable length), over the plain backend."""
+    fake = types.ModuleType(module)
+    fake.calls = []
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple, alibi_slopes: Tensor | None
+    ) -> Tensor:
+        left, right = window_size
+        assert right in ((0, unlimited) if causal else (left,))
+        window = None if left == unlimited else left + 1
+        return attention(q, k, v, Mask("causal" if causal else "full", window=window, slopes=alibi_slopes), "plain")
+
+    def flash_attn_func(q, k, v, causal=False, window_size=(unlimited,) * 2, alibi_slopes=None):
+        fake.calls.append("dense")
+        out = attend(q, k, v, causal, window_size, alibi_slopes)
+        return (out, None) if returns_pair else out
+
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        causal=False,
+        window_size=(unlimited,) * 2,
+        alibi_slopes=None,
+    ):
+        fake.calls.append("varlen")
+        bounds = cu_seqlens_q.tolist()
+        assert bounds == cu_seqlens_k.tolist() and bounds[-1] == len(q) == len(k)
+        assert max(b - a for a, b in zip(bounds, bounds[1:], strict=False)) <= max_seqlen_q == max_seqlen_k
+        parts = [
+            attend(q[None, a:b], k[None, a:b], v[None, a:b], causal, window_size, alibi_slopes)[0]
+            for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
+        return (torch.cat(parts), None) if returns_pair else torch.cat(parts)
+
+    fake.flash_attn_func, fake.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    return fake
+
+
+PACKAGES = {"flash2": ("flash_attn", -1), "flash3": ("flash_attn_interface", -1), "flash4": ("flash_attn.cute", None)}
+
+
+def install(monkeypatch: pytest.MonkeyPatch, backend: str, returns_pair: bool = False) -> types.ModuleType:
+    module, unlimited = PACKAGES[backend]
+    fake = fake_flash(module, unlimited, returns_pair)
+    if "." in module:
+        parent = types.ModuleType("flash_attn")
+        parent.__path__ = []
+        monkeypatch.setitem(sys.modules, "flash_attn", parent)
+    monkeypatch.setitem(sys.modules, module, fake)
+    return fake
+
+
+@pytest.mark.parametrize("returns_pair", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("backend", PACKAGES)
+def test_flash_packages_are_called_for_what_is_meant(
+    backend: str, mask: str, returns_pair: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meant = MASKS[mask]
+    table = BACKENDS[backend]
+    if meant.kind not in table.kinds or (meant.slopes is not None and not table.alibi):
+        needs = Requirements("cuda", torch.bfloat16, kind=meant.kind, alibi=meant.slopes is not None)
+        assert table.refusal(needs)
+        return
+    fake = install(monkeypatch, backend, returns_pair)
+    assert difference(backend, meant) < 1e-5
+    assert fake.calls == ["dense" if meant.query_segments is None else "varlen"]
+
+
+@pytest.mark.parametrize("backend", ["sdpa_flash", "sdpa_cudnn"])
+def test_pinned_kernels_refuse_masks_of_tensors(backend: str) -> None:
+    for feature in ("segments", "window", "alibi", "dropout", "unequal_lengths"):
+        assert BACKENDS[backend].refusal(Requirements("cuda", torch.bfloat16, **{feature: True}))
+    assert BACKENDS[backend].refusal(Requirements("cuda", torch.bfloat16, kind="prefix"))
+    with pytest.raises(AssertionError):
+        attention(*inputs(), Mask(window=2), backend)
+
+
+@pytest.mark.parametrize("keys, allowed", [(128, True), (192, False), (64, False), (256, True)])
+def test_cudnn_gets_no_mask_at_lengths_where_its_gradients_are_nan(
+    keys: int, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (kernels.SDPBackend.CUDNN_ATTENTION in kernels.kernels_for_masks(keys, keys)) == allowed
+
+
+# ---- the choice
+
+
+@pytest.fixture(autouse=True)
+def _forget_choices():
+    resolve.cache_clear()
+    yield
+    resolve.cache_clear()
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], broken: tuple[str, ...] = ()) -> None:
+    """Installed packages import; the self-check of every backend passes unless broken."""
+    for backend in installed:
+        install(monkeypatch, backend)
+    monkeypatch.setattr(
+        kernels, "_self_check", lambda backend, needs: "its self-check failed" if backend.name in broken else None
+    )
+
+
+GPU = Requirements("cuda", torch.bfloat16)
+
+
+def test_auto_takes_the_fastest_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, ())
+    assert resolve("auto", GPU) == "sdpa_cudnn"
+    resolve.cache_clear()
+    pretend_gpu(monkeypatch, ("flash2",))
+    assert resolve("auto", GPU) == "sdpa_cudnn"
+    resolve.cache_clear()
+    pretend_gpu(monkeypatch, ("flash2", "flash3"))
+    assert resolve("auto", GPU) == "flash3"
+
+
+@pytest.mark.parametrize(
+    "changes, chosen",
+    [
+        ({"segments": True}, "flash3"),
+        ({"alibi": True}, "flash2"),
+        ({"dropout": True}, "plain"),
+        ({"dtype": torch.float32}, "sdpa"),
+        ({"kind": "prefix"}, "sdpa"),
+        ({"device": "cpu"}, "sdpa"),
+    ],
+)
+def test_auto_takes_one_that_can(changes: dict, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, ("flash2", "flash3"))
+    assert resolve("auto", Requirements(**{"device": "cuda", "dtype": torch.bfloat16} | changes)) == chosen
+
+
+def test_auto_passes_over_a_kernel_that_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, ("flash3",), broken=("flash3", "sdpa_cudnn"))
+    assert resolve("auto", GPU) == "sdpa_flash"
+
+
+def test_a_named_backend_that_cannot_serve_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in ("flash2", "flash3", "flash4"):
+        with pytest.raises(MegalmError, match=f"attention_backend {backend} .* does not import .*auto"):
+            resolve(backend, GPU)
+    pretend_gpu(monkeypatch, ("flash2", "flash3"), broken=("flash2",))
+    with pytest.raises(MegalmError, match="flash3 cannot serve this run: it does not support alibi"):
+        resolve("flash3", Requirements("cuda", torch.bfloat16, alibi=True))
+    with pytest.raises(MegalmError, match="does not run on cpu"):
+        resolve("flash3", Requirements("cpu", torch.bfloat16))
+    with pytest.raises(MegalmError, match="does not compute in float32"):
+        resolve("flash3", Requirements("cuda", torch.float32))
+    with pytest.raises(MegalmError, match="self-check"):
+        resolve("flash2", GPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("changes", [{}, {"segments": True, "window": True}, {"alibi": True}, {"kind": "prefix"}])
+def test_self_check_passes_a_right_kernel_and_fails_a_wrong_one(
+    changes: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = Requirements("cpu", dtype, head_dim=16, group=2, **changes)
+    assert kernels._self_check(BACKENDS["sdpa"], needs) is None
+
+    def wrong_output(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        return kernels._sdpa(q * 1.3, k, v, mask)
+
+    def wrong_gradient(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        return kernels._sdpa(q, k.detach() + (k - k.detach()) * 0.9, v, mask)
+
+    def breaks(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        raise RuntimeError("no kernel image is available")
+
+    for run, words in ((wrong_output, "output"), (wrong_gradient, "dk"), (breaks, "no kernel image")):
+        planted = kernels.Backend("sdpa", run, devices=("cpu",))
+        monkeypatch.setitem(BACKENDS, "sdpa", planted)
+        assert words in (kernels._self_check(planted, needs) or "")
+
+
+def test_choice_leaves_the_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    assert resolve("auto", Requirements("cpu", torch.bfloat16)) == "sdpa"
+    assert torch.equal(before, torch.get_rng_state())
