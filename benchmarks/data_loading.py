@@ -138,9 +138,8 @@ def resume(folder: Path, tokenizer: Tokenizer, sequence_length: int, batch: int)
                             sequence_length=sequence_length, seed=1, start=start)  # fmt: skip
             next(loader)
             times.append(time.perf_counter() - started)
-        print(
-            f"open and read the first batch at sample {start:>13,} (epoch {start // samples:,}): {min(times) * 1e3:.2f} ms"
-        )
+        best = min(times) * 1e3
+        print(f"open and read the first batch at sample {start:>13,} (epoch {start // samples:,}): {best:.2f} ms")
 
 
 if __name__ == "__main__":

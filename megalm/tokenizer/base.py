@@ -50,10 +50,12 @@ class Tokenizer(ABC):
         """Write a folder that `megalm.tokenizer.load.load` reads back with the same fingerprint."""
 
 
-def refuse_lone_surrogates(text: str) -> MegalmError:
-    """The error for text that cannot be written as UTF-8."""
-    place = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
-    return MegalmError(
-        f"cannot encode text with the lone surrogate U+{ord(text[place]):04X} at character {place}: it is half of a "
-        "character cut in two; decode the text as UTF-8 (errors='replace') first"
-    )
+def check_unicode(text: str) -> None:
+    """Raise MegalmError for a string that cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise MegalmError(
+            f"cannot encode text with the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: it "
+            "is half of a character cut in two; decode the text as UTF-8 (errors='replace') first"
+        ) from None

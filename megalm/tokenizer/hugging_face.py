@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 
 from megalm.errors import MegalmError
-from megalm.tokenizer.base import Tokenizer, refuse_lone_surrogates
+from megalm.tokenizer.base import Tokenizer, check_unicode
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILES = ("special_tokens_map.json", "tokenizer_config.json")
@@ -69,8 +69,9 @@ class HuggingFaceTokenizer(Tokenizer):
         for text in texts:
             try:
                 rows.append(self._tokenizer.encode(text, add_special_tokens=False).ids)
-            except UnicodeEncodeError:
-                raise refuse_lone_surrogates(text) from None
+            except (UnicodeEncodeError, TypeError):
+                check_unicode(text)
+                raise
         return rows
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import sentencepiece
 
 from megalm.errors import MegalmError
-from megalm.tokenizer.base import Tokenizer, refuse_lone_surrogates
+from megalm.tokenizer.base import Tokenizer, check_unicode
 
 MODEL_FILE = "tokenizer.model"
 METADATA_FILE = "megalm_tokenizer.json"
@@ -65,8 +65,7 @@ class SentencePieceTokenizer(Tokenizer):
             encoded = iter(self._processor.encode([part for row in parts for part in row], num_threads=1))
         except (RuntimeError, TypeError):
             for text in texts:
-                if not _is_unicode(text):
-                    raise refuse_lone_surrogates(text) from None
+                check_unicode(text)
             raise
         rows = []
         for row in parts:
@@ -102,14 +101,6 @@ class SentencePieceTokenizer(Tokenizer):
             (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             raise MegalmError(f"cannot write the tokenizer to {folder}: {error.strerror}") from error
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def load_model(path: Path) -> SentencePieceTokenizer:
