@@ -23,7 +23,9 @@ from megalm.training.config import RunConfig  # noqa: E402
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML; docs/config.md lists every key")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; repeatable")
     parser.add_argument("--resume", metavar="WHAT", help="auto (default), never, or a checkpoint: checkpoint.resume")
@@ -42,11 +44,14 @@ def main() -> int:
     from megalm.training.plan import plan
 
     planned = plan(config, int(os.environ.get("WORLD_SIZE", "1")))
-    # From here on imports take seconds.
+    # From here on imports take seconds, and the device decides what they find.
+    from megalm.parallel import device
+
+    kind = device.choose(config.run.device)
     from megalm.training.build import build
     from megalm.training.loop import train
 
-    return train(build(planned))
+    return train(build(planned, kind))
 
 
 if __name__ == "__main__":

@@ -136,7 +136,9 @@ def verify(folder: Path, ranks: Ranks, *, checksums: bool = True) -> Manifest:
     if found:
         more = f" (and {len(found) - 1} more faults)" if len(found) > 1 else ""
         others = [step for step in steps(folder.parent) if folder.name != f"step-{step}"]
-        way = f"resume from {folder.parent / f'step-{others[-1]}'}" if others else "no other checkpoint stands beside it"
+        way = (
+            f"resume from {folder.parent / f'step-{others[-1]}'}" if others else "no other checkpoint stands beside it"
+        )
         raise MegalmError(f"checkpoint {folder} is damaged: {found[0]}{more}; {way}")
     return manifest
 

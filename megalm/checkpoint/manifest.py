@@ -40,7 +40,9 @@ def read(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise MegalmError(f"{folder} is not a checkpoint: it has no {NAME}; name a folder RUN/checkpoints/step-N") from None
+        raise MegalmError(
+            f"{folder} is not a checkpoint: it has no {NAME}; name a folder RUN/checkpoints/step-N"
+        ) from None
     except (OSError, ValueError) as error:
         raise MegalmError(f"{path} cannot be read ({error}): choose another checkpoint of the run") from None
     known = {field.name for field in fields(Manifest)}

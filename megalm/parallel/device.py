@@ -1,26 +1,52 @@
 """CPU or CUDA: the only file that tells them apart for the engines below."""
 
+import logging
 import os
+import warnings
 from typing import Literal
 
 import torch
 
+from megalm.errors import MegalmError
 
-def choose(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+Kind = Literal["cpu", "cuda"]
+
+
+def choose(wanted: Literal["auto", "cpu", "cuda"]) -> Kind:
     """The device type to train on; must be called before deepspeed or megatron-core is imported."""
-    device: Literal["cpu", "cuda"] = "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+    device: Kind = "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
     if device == "cpu":
         # DeepSpeed picks its accelerator from this variable at import.
         os.environ["DS_ACCELERATOR"] = "cpu"
         # megatron-core asks for the current CUDA device wherever it allocates; this one answer makes its layers,
         # mappings and losses run on the CPU unchanged.
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    # What the libraries say, at import and in every step, of packages and names that are their own affair. The
+    # broadcasts are a pipeline's exchange of activations, which DeepSpeed differentiates itself.
+    warnings.filterwarnings("ignore", message="c10d::broadcast_")
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return device
 
 
-def local(device: Literal["cpu", "cuda"]) -> torch.device:
+def require_precision(precision: str) -> None:
+    """Raises MegalmError for arithmetic that this device lacks."""
+    from deepspeed.accelerator import get_accelerator  # reads what choose() has set
+
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise MegalmError(
+            f"train.precision fp16 is not supported on this {get_accelerator().device_name()}: use bf16 or fp32"
+        )
+
+
+def local(device: Kind) -> torch.device:
     """This rank's device, made current."""
     if device == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            # DeepSpeed's and torchrun's name for the ranks of this machine; ranks that fight for cores crawl.
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
         return torch.device("cpu")
     index = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(index)

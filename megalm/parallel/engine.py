@@ -252,4 +252,3 @@ def create(
 
 def _is_pipeline(module: nn.Module) -> bool:
     return isinstance(module, PipelineModule)
-

@@ -16,9 +16,14 @@ from megalm.parallel.groups import Groups, quiet
 class Spec(Protocol):
     """What a pipeline needs to know of a layer (models.decoder.LayerSpec has it)."""
 
-    name: str
-    build: Callable[[], nn.Module]
-    tied_to: str | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def build(self) -> Callable[[], nn.Module]: ...
+
+    @property
+    def tied_to(self) -> str | None: ...
 
 
 def _initialized(spec: Spec, layers: Layers, seed: int) -> nn.Module:

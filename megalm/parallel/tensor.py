@@ -5,6 +5,8 @@ slices along one dimension (Shoeybi et al. 2019). Under sequence parallelism (Ko
 are cut along the flattened tokens, [tokens / T, hidden], between the sub-layers.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -40,7 +42,7 @@ def _declare_slice(parameter: nn.Parameter, spec: Spec) -> None:
 class _Column(ColumnParallelLinear):
     """Returns the output alone. `enter` has gathered its input and will reduce its gradient."""
 
-    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden: Tensor) -> Tensor:
         return super().forward(hidden)[0]
 
 
@@ -49,7 +51,7 @@ class _Row(RowParallelLinear):
 
     layers: "TensorParallelLayers"
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         out, bias = super().forward(x)
         return out if bias is None else out + self.layers.replicated(bias)
 
@@ -71,11 +73,10 @@ class TensorParallelLayers(Layers):
         self.tensor_size = dist.get_world_size(group)
         self.tensor_rank = dist.get_rank(group)
         self.sequence_parallel = sequence_parallel
-        common = dict(
+        self._plain = ModelParallelConfig(
             tensor_model_parallel_size=self.tensor_size, use_cpu_initialization=True, perform_initialization=False
         )
-        self._plain = ModelParallelConfig(**common)
-        self._scattered = ModelParallelConfig(**common, sequence_parallel=sequence_parallel)
+        self._scattered = replace(self._plain, sequence_parallel=sequence_parallel)
 
     def column(self, in_features: int, out_features: int, *, bias: bool, std: float) -> nn.Module:
         layer = _Column(

@@ -93,8 +93,10 @@ def build_engine(
     return built, specs
 
 
-def build(planned: Plan) -> Run:
+def build(planned: Plan, kind: devices.Kind) -> Run:
     """Everything a run needs, with its weights and data at the checkpoint it continues from or at step 0.
+
+    kind: what parallel.device chose, before this module was imported.
 
     Raises MegalmError for files that are missing or do not belong together.
     """
@@ -102,7 +104,8 @@ def build(planned: Plan) -> Run:
     found = resume.find(config)
     if found:
         resume.check(manifests.read(found), planned, str(found))
-    device = devices.local(devices.choose(config.run.device))
+    device = devices.local(kind)
+    devices.require_precision(config.train.precision)
     groups.start(device)
     joined = groups.create(planned.layout)
     train, logging = config.train, config.logging

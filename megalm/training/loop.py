@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from megalm.data.batch import Batch
@@ -12,12 +13,13 @@ from megalm.training.run import DONE, Run
 
 
 def tensors(batch: Batch) -> MicroBatch:
-    """A loader's arrays as the engine's micro-batch, without copying."""
-    inputs = (batch.tokens, batch.segment_ids, batch.positions, batch.sample_ids)
-    return tuple(map(torch.from_numpy, inputs)), (  # type: ignore[return-value]
-        torch.from_numpy(batch.labels),
-        torch.from_numpy(batch.loss_mask),
-    )
+    """A loader's arrays as the engine's micro-batch; copied only where batches share them (and they are read-only)."""
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+    inputs = tensor(batch.tokens), tensor(batch.segment_ids), tensor(batch.positions), tensor(batch.sample_ids)
+    return inputs, (tensor(batch.labels), tensor(batch.loss_mask))
 
 
 def train(run: Run) -> int:

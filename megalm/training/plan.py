@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from megalm.errors import MegalmError
 from megalm.layout import Layout, check_model
 from megalm.parallel.config import ParallelConfig
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load as load_tokenizer
-from megalm.errors import MegalmError
 from megalm.training.config import RunConfig
 
 
@@ -34,8 +34,9 @@ def plan(config: RunConfig, world_size: int) -> Plan:
     if parallel.pipeline_schedule == "dualpipev" and accumulation < pieces:
         needed = pieces * train.micro_batch_size * layout.data
         raise MegalmError(
-            f"parallel.pipeline_schedule dualpipev over {parallel.pipeline} ranks needs at least {pieces} micro-batches "
-            f"per step, not {accumulation}: raise train.global_batch_size to {needed} or lower train.micro_batch_size"
+            f"parallel.pipeline_schedule dualpipev over {parallel.pipeline} ranks needs at least {pieces} "
+            f"micro-batches per step, not {accumulation}: raise train.global_batch_size to {needed} or lower "
+            "train.micro_batch_size"
         )
     tokenizer = load_tokenizer(config.data.tokenizer)
     if model.vocab_size is None:

@@ -56,7 +56,9 @@ def check(manifest: Manifest, plan: Plan, name: str) -> None:
     for path, why in _SAME:
         then, now = _at(manifest.config, path), _at(ours, path)
         if isinstance(then, dict) and isinstance(now, dict):
-            path, then, now = next(((f"{path}.{k}", then.get(k), now[k]) for k in now if then.get(k) != now[k]), ("", 0, 0))
+            path, then, now = next(
+                ((f"{path}.{k}", then.get(k), now[k]) for k in now if then.get(k) != now[k]), ("", 0, 0)
+            )
         if then != now:
             raise MegalmError(
                 f"{name} was trained with {path}={then} and the config says {now}: {why}; "

@@ -46,7 +46,6 @@ class Run:
     plan: Plan
     groups: Groups
     engine: Engine
-    loader: Loader
     callbacks: list[Callback]
     layer_names: list[str]
     held_out: dict[str, list[MicroBatch]]

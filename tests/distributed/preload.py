@@ -9,6 +9,5 @@ from megalm.parallel import device
 
 device.choose("cpu")
 
-import megatron.core.tensor_parallel  # noqa: E402, F401
-
 import deepspeed  # noqa: E402, F401
+import megatron.core.tensor_parallel  # noqa: E402, F401

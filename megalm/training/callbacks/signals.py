@@ -30,7 +30,9 @@ class Signals(Callback):
         number = run.groups.maximum(self._received)
         if number and run.stop is None and not run.is_last_step:
             run.stop = PREEMPTED
-            run.say(f"{signal.Signals(number).name} received: saving after step {run.step}, then exiting with {PREEMPTED}")
+            run.say(
+                f"{signal.Signals(number).name} received: saving after step {run.step}, then exiting with {PREEMPTED}"
+            )
 
     def on_end(self, run: Run) -> None:
         for number, handler in self._previous.items():
