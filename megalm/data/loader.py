@@ -72,15 +72,11 @@ class Loader:
                 f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
                 f"{size} data-parallel ranks: the nearest that is, is {nearest}"
             )
-        self._readers = [ShardReader(source.path, tokenizer, config.verify_checksums) for source in config.sources]
+        readers = [ShardReader(source.path, tokenizer, config.verify_checksums) for source in config.sources]
         corpora = [
             Blended(reader.fingerprint, window_count(reader.tokens_total, sequence_length), source.weight)
-            for reader, source in zip(self._readers, config.sources, strict=True)
+            for reader, source in zip(readers, config.sources, strict=True)
         ]
-        self._mixture = Mixture(corpora, seed, config.shuffle)
-        self._packer = Packer(sequence_length, tokenizer.pad_id, config.attend_across_documents)
-        self._rank, self._size = rank, size
-        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self.blend: dict[str, Any] = {
             "seed": seed,
             "sequence_length": sequence_length,
@@ -94,7 +90,17 @@ class Loader:
             self._check(state)
         self.samples_per_epoch = [corpus.samples for corpus in corpora]
         """Windows of each source."""
-        self._steps: Iterator[Step] = self._produce(start if state is None else int(state["samples"]))
+        self._steps: Iterator[Step] = _steps(
+            readers,
+            Mixture(corpora, seed, config.shuffle),
+            Packer(sequence_length, tokenizer.pad_id, config.attend_across_documents),
+            self.blend,
+            start if state is None else int(state["samples"]),
+            rank,
+            size,
+            global_batch_size,
+            micro_batch_size,
+        )
         if config.prefetch:
             self._steps = _Prefetched(self._steps, config.prefetch)
 
@@ -133,21 +139,33 @@ class Loader:
                     "it, or start a new run"
                 )
 
-    def _produce(self, samples: int) -> Iterator[Step]:
-        rows, micro = self._global_batch_size // self._size, self._micro_batch_size
-        steps = -(-ORDERED_AHEAD // rows)
-        while True:
-            order = np.arange(steps)[:, None] * self._global_batch_size + self._size * np.arange(rows) + self._rank
-            numbers = samples + order
-            corpora, windows = (values.reshape(order.shape).tolist() for values in self._mixture(numbers.ravel()))
-            for step in range(steps):
-                chosen = [(self._readers[c], w) for c, w in zip(corpora[step], windows[step], strict=True)]
-                batches = [
-                    self._packer.batch(chosen[row : row + micro], numbers[step, row : row + micro])
-                    for row in range(0, rows, micro)
-                ]
-                samples += self._global_batch_size
-                yield batches, {"samples": samples, "blend": self.blend}
+
+def _steps(
+    readers: list[ShardReader],
+    mixture: Mixture,
+    packer: Packer,
+    blend: dict[str, Any],
+    samples: int,
+    rank: int,
+    size: int,
+    global_batch_size: int,
+    micro: int,
+) -> Iterator[Step]:
+    """Steps from a sample on. A function of its own, since the thread that runs it must not keep the loader alive."""
+    rows = global_batch_size // size
+    steps = -(-ORDERED_AHEAD // rows)
+    offsets = np.arange(steps)[:, None] * global_batch_size + size * np.arange(rows) + rank  # [steps, rows]
+    while True:
+        numbers = samples + offsets
+        corpora, windows = (values.reshape(offsets.shape).tolist() for values in mixture(numbers.ravel()))
+        for step in range(steps):
+            chosen = [(readers[c], w) for c, w in zip(corpora[step], windows[step], strict=True)]
+            batches = [
+                packer.batch(chosen[row : row + micro], numbers[step, row : row + micro])
+                for row in range(0, rows, micro)
+            ]
+            samples += global_batch_size
+            yield batches, {"samples": samples, "blend": blend}
 
 
 class _Prefetched:

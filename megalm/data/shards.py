@@ -110,12 +110,10 @@ def write(
                 )
                 if parts[TRAIN].documents + parts[HELD_OUT].documents == 0:
                     raise MegalmError(f"the corpus holds no document to write (skipped: {dict(tally.skipped)})")
+                if held_out_fraction and parts[TRAIN].documents + parts[HELD_OUT].documents == 1:
+                    raise MegalmError("the corpus is a single document: give more, or set the held-out fraction to 0")
                 if held_out_fraction == 0.0 or parts[HELD_OUT].documents:
                     break
-                if parts[TRAIN].documents < 2:
-                    raise MegalmError(
-                        "the corpus is a single document, of which none can be held out: give more, or hold out 0"
-                    )
                 threshold = smallest_hash + 1  # a corpus so small that chance held out none
             if parts[TRAIN].documents == 0:
                 raise MegalmError(f"a held-out fraction of {held_out_fraction} leaves nothing to train on: lower it")
