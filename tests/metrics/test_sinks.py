@@ -3,6 +3,7 @@ import json
 import math
 import struct
 import sys
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -207,12 +208,17 @@ def test_wandb_offline_continues_its_run(tmp_path, monkeypatch):
         sink = WandbSink(WandbConfig(mode="offline", project="proof"), directory, {"train": {"steps": 2}})
         sink.write(record(step, held_out={"web": 3.0 + step}))
         sink.close()
-    seen, runs = [], set()
-    for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
-        for entry in wandb_entries(path.read_bytes()):
-            if entry.WhichOneof("record_type") == "run":
-                runs.add((entry.run.run_id, entry.run.project, entry.run.display_name))
-            if entry.WhichOneof("record_type") == "history":
-                seen.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in entry.history.item})
-    assert runs == {((directory / "wandb-id").read_text().strip(), "proof", "tiny")}
-    assert [(row["step"], row["held_out/web"]) for row in seen] == [(1, 4.0), (2, 5.0)]
+    deadline = time.monotonic() + 30
+    while True:  # wandb's own process may write the end of its file after finish() has returned
+        parts = [list(wandb_entries(path.read_bytes())) for path in sorted(directory.glob("wandb/offline-*/*.wandb"))]
+        if len(parts) == 2 and all(part and part[-1].WhichOneof("record_type") == "exit" for part in parts):
+            break
+        assert time.monotonic() < deadline, "wandb did not finish its two files"
+        time.sleep(0.05)
+    entries = [entry for part in parts for entry in part]
+    runs = [entry.run for entry in entries if entry.WhichOneof("record_type") == "run"]
+    run_id = (directory / "wandb-id").read_text().strip()
+    assert {(run.run_id, run.project, run.display_name) for run in runs} == {(run_id, "proof", "tiny")}
+    rows = [entry.history.item for entry in entries if entry.WhichOneof("record_type") == "history"]
+    values = [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row} for row in rows]
+    assert [(row["step"], row["held_out/web"]) for row in values] == [(1, 4.0), (2, 5.0)]
