@@ -4,6 +4,7 @@
 within a folder the order of sorted paths, so the same inputs give the same file byte for byte.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -269,7 +270,8 @@ def write_corpus(
     except OSError as error:
         raise MegalmError(f"cannot write {output}: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _compressing(raw: BinaryIO, suffix: str) -> BinaryIO:

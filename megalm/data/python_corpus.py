@@ -125,7 +125,9 @@ def _c_module_pages(tally: Tally) -> Iterator[Document]:
         if spec is not None and not (spec.origin or "").endswith((".so", ".pyd")):
             continue
         try:
-            module = importlib.import_module(name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # modules about to be removed
+                module = importlib.import_module(name)
         except ImportError:
             tally.skipped["modules of another platform"] += 1
             continue

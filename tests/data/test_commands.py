@@ -1,0 +1,75 @@
+"""The commands from documents to shards, as they are typed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalm.data.index import ShardReader
+from megalm.tokenizer.load import load
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "tools" / f"{tool}.py"), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def succeed(tool: str, *arguments: object) -> str:
+    done = run(tool, *arguments)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "texts" / "b.txt").write_text("Only here: <|im_end|>\n")
+    return folder
+
+
+def test_from_documents_to_shards(work: Path) -> None:
+    corpus, tokenizer, output = work / "corpus.jsonl.zst", work / "tokenizer", work / "shards"
+    said = succeed("prepare_corpus", work / "texts", "--python", "--python-parts", "topics", "--output", corpus)
+    assert "documents" in said
+    assert "repeated" in said
+    said = succeed("train_tokenizer", "--corpus", corpus, "--output", tokenizer, "--vocab-size", 800)
+    assert "800 ids" in said
+    said = succeed(
+        "write_shards", "--corpus", corpus, "--tokenizer", tokenizer, "--output", output, "--held-out", 0.1,
+        "--workers", 2,
+    )  # fmt: skip
+    train, held_out = ShardReader(output / "train", load(tokenizer)), ShardReader(output / "held_out", load(tokenizer))
+    assert f"train: {train.documents:,} documents, {train.tokens_total:,} tokens" in said
+    assert f"held_out: {held_out.documents:,} documents" in said
+    said = succeed("show_shards", output / "train", output / "held_out", "--tokenizer", tokenizer, "--verify")
+    assert f"{train.tokens_total:,}" in said
+    assert train.fingerprint in said
+    assert load(tokenizer).fingerprint in said
+    texts = {load(tokenizer).decode(part.document(i)) for part in (train, held_out) for i in range(part.documents)}
+    assert "Only here: <|im_end|>\n" in texts
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("prepare_corpus", ["--output", "x.jsonl"], "nothing to gather"),
+        ("prepare_corpus", ["missing", "--output", "x.jsonl"], "no file or folder missing"),
+        ("train_tokenizer", ["--corpus", "missing.jsonl", "--output", "x"], "no corpus file missing.jsonl"),
+        ("write_shards", ["--corpus", "a.jsonl", "--tokenizer", "missing", "--output", "x"], "no tokenizer at missing"),
+        ("show_shards", ["missing"], "no shard folder missing"),
+    ],
+)
+def test_mistakes_are_one_sentence(tool: str, arguments: list[str], message: str) -> None:
+    done = run(tool, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
