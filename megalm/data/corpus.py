@@ -24,6 +24,8 @@ from megalm.errors import MegalmError
 TEXT_EXTENSIONS = (".txt", ".text", ".md", ".rst", ".py")
 """Files of a folder that are taken by default, each with or without .gz or .zst; .jsonl always is."""
 COMPRESSIONS = (".gz", ".zst")
+LARGEST_WINDOW = 2**31
+"""Of zstd, in bytes: large dumps are often compressed with `--long=31`."""
 MAX_CHARACTERS = 100_000
 """A longer text file becomes several documents, cut at paragraph or line ends, so that a book can be held out in part
 and tokenised in parallel. JSONL documents are never cut."""
@@ -198,7 +200,7 @@ class _ZstdStream(io.RawIOBase):
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
-        self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
         self._pending = b""
         self._inside_frame = False
 
@@ -225,7 +227,7 @@ class _ZstdStream(io.RawIOBase):
             self._inside_frame = not self._decompressor.eof
             compressed = self._decompressor.unused_data if self._decompressor.eof else b""
             if self._decompressor.eof:
-                self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+                self._decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj()
         return b"".join(parts)
 
 

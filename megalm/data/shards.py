@@ -86,7 +86,7 @@ def write(
             unless it is 0, when there is no such folder.
         shard_bytes: a shard is closed when it has reached this size.
         workers: processes that tokenise; 1 tokenises in this one.
-        overwrite: replace an existing OUTPUT; refused otherwise.
+        overwrite: replace an existing OUTPUT, if it holds shards; refused otherwise.
         report: called after every batch of documents.
 
     Raises:
@@ -154,7 +154,7 @@ def _write_parts(
         for name in (TRAIN, HELD_OUT):
             shutil.rmtree(partial / name, ignore_errors=True)
             parts[name] = ShardWriter(partial / name, tokenizer, shard_bytes)
-            stack.callback(parts[name].close_shard)
+            stack.callback(parts[name].abandon)
         for hashes, documents in tokenised:
             for number, ids in zip(hashes, documents, strict=True):
                 smallest = min(smallest, number)
@@ -163,6 +163,8 @@ def _write_parts(
                 documents_done = sum(part.documents for part in parts.values())
                 tokens_done = sum(part.tokens for part in parts.values())
                 report(Progress(reader.bytes_read, reader.total_bytes, documents_done, tokens_done))
+        for part in parts.values():
+            part.close_shard()
     return parts, smallest
 
 
@@ -227,6 +229,11 @@ class ShardWriter:
         )
         self._table, self._shard_tokens = [], 0
 
+    def abandon(self) -> None:
+        """Close what is open; the folder stays without an index and does not load."""
+        if self._stream is not None:
+            self._stream.close()
+
     def finish(self, skipped: Counter[str]) -> None:
         """Write index.json, which makes the folder a shard folder."""
         self.close_shard()
@@ -275,8 +282,11 @@ def _sync_folder(folder: Path) -> None:
 @contextmanager
 def _partial_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     """OUTPUT.partial, which takes OUTPUT's place at the end, or vanishes when anything fails."""
-    if output.exists() and not overwrite:
-        raise MegalmError(f"{output} exists: name another folder, or pass --overwrite to replace it")
+    if output.exists():
+        if not overwrite:
+            raise MegalmError(f"{output} exists: name another folder, or pass --overwrite to replace it")
+        if not (output / TRAIN / index.INDEX_FILE).exists():
+            raise MegalmError(f"{output} holds something else than shards, which is not overwritten: move it away")
     partial = output.with_name(output.name + ".partial")
     lock_path = output.with_name(output.name + ".lock")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The loader against an obvious reference: the whole order in a list, cut into ranks and steps."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -293,18 +294,33 @@ def test_an_error_while_reading_ahead_reaches_the_consumer(
                 next(loader)
 
 
-def test_a_program_that_never_closes_its_loader_ends(folder: Path, tokenizer_path: Path) -> None:
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_program_that_never_closes_its_loader_ends(folder: Path, tokenizer_path: Path, interrupted: bool) -> None:
     script = f"""
+import sys
 from megalm.data.config import DataConfig, SourceConfig
 from megalm.data.loader import Loader
 from megalm.tokenizer.load import load
 loader = Loader(DataConfig(sources=[SourceConfig(path={str(folder)!r})]), load({str(tokenizer_path)!r}), rank=0, size=1,
                 global_batch_size=4, micro_batch_size=4, sequence_length=64, seed=0)
 next(loader)
-print("read")
+print("read", flush=True)
+try:
+    while {interrupted}:
+        next(loader)
+except KeyboardInterrupt:
+    sys.exit(130)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "read\n", "")
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "read\n"
+        if interrupted:
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == (130 if interrupted else 0)
+        assert process.stderr.read() == ""
 
 
 @pytest.mark.parametrize(("size", "micro", "sequences"), [(1, 4, 10), (3, 4, 10), (4, 2, 64), (2, 3, 10**9), (8, 1, 1)])

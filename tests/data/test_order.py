@@ -73,7 +73,7 @@ def test_every_block_has_exactly_its_shares_and_epochs_miss_nothing(shuffle: boo
             assert (epochs[0] != epochs[1]).any()
 
 
-def test_number_by_number_is_the_same_and_far_numbers_cost_no_more() -> None:
+def test_number_by_number_is_the_same_however_far() -> None:
     mixture = Mixture(CORPORA, seed=3)
     for start in (0, BLOCK - 10, 10**9 - 10, 10**12):
         numbers = start + np.arange(20)

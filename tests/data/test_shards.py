@@ -143,14 +143,23 @@ def test_progress_reaches_the_end(corpus: Path, tokenizer_path: Path, tmp_path: 
 
 
 def test_existing_output_is_kept_unless_overwritten(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("kept")
+    shards.write([corpus], tokenizer_path, tmp_path / "out", held_out_fraction=0.5)
+    before = contents(tmp_path / "out")
     with pytest.raises(MegalmError, match="exists.*--overwrite"):
         shards.write([corpus], tokenizer_path, tmp_path / "out")
-    assert (tmp_path / "out" / "mine").read_text() == "kept"
+    assert contents(tmp_path / "out") == before
     shards.write([corpus], tokenizer_path, tmp_path / "out", overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
     ShardReader(tmp_path / "out" / "train")
+
+
+def test_what_is_not_shards_is_never_overwritten(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis").write_text("mine")
+    with pytest.raises(MegalmError, match="something else than shards"):
+        shards.write([corpus], tokenizer_path, tmp_path / "home", overwrite=True)
+    assert contents(tmp_path / "home") == {"thesis": b"mine"}
 
 
 @pytest.mark.parametrize(
