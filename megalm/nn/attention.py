@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalm.nn.config import BlockConfig
 from megalm.nn.dropout import AttentionDropout, Dropout
-from megalm.nn.kernels import Mask, MaskKind, Requirements, attention, resolve
+from megalm.nn.kernels import LONG, Mask, MaskKind, Requirements, attention, resolve
 from megalm.nn.layers import Layers
 from megalm.nn.norm import RMSNorm
 from megalm.nn.position import alibi_slopes, rotary_angles, rotate
@@ -139,6 +139,7 @@ class Attention(nn.Module):
             alibi=mask.slopes is not None,
             dropout=mask.dropout is not None,
             unequal_lengths=q.shape[1] != k.shape[1],
+            long=k.shape[1] > LONG,
         )
         return attention(q, k, v, mask, resolve(self.config.attention_backend, needs))
 
@@ -152,8 +153,13 @@ class Attention(nn.Module):
         return AttentionDropout(self.dropout.p, self.dropout.key, sample_ids, self.first_head)
 
 
-def requirements(config: BlockConfig, *, device: str, dtype: torch.dtype, segmented: bool) -> Requirements:
-    """What a decoder of this config asks of its attention backend in training, so that a run can resolve and log it."""
+def requirements(
+    config: BlockConfig, *, device: str, dtype: torch.dtype, segmented: bool, sequence_length: int | None = None
+) -> Requirements:
+    """What a decoder of this config asks of its attention backend in training, so that a run can resolve and log it.
+
+    sequence_length: of the run. Default: the longest that the config allows.
+    """
     return Requirements(
         device=device,
         dtype=dtype,
@@ -163,4 +169,5 @@ def requirements(config: BlockConfig, *, device: str, dtype: torch.dtype, segmen
         window=config.sliding_window is not None,
         alibi=config.position == "alibi",
         dropout=config.attention_dropout > 0,
+        long=(sequence_length or config.max_position_embeddings) > LONG,
     )

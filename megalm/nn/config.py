@@ -6,7 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from megalm.config import Config
 
-AttentionBackend = Literal["auto", "plain", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash2", "flash3", "flash4"]
+AttentionBackend = Literal["auto", "plain", "blocks", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash2", "flash3", "flash4"]
 
 
 class RopeScaling(Config):

@@ -232,5 +232,5 @@ def test_requirements_are_those_of_the_forward_pass(monkeypatch: pytest.MonkeyPa
         config = BlockConfig(**SIZES, num_key_value_heads=2, **changes)
         for segmented in (False, True):
             layer(Attention, config, segmented=segmented)(*packed())
-            expected = requirements(config, device="cpu", dtype=torch.float32, segmented=segmented)
+            expected = requirements(config, device="cpu", dtype=torch.float32, segmented=segmented, sequence_length=16)
             assert asked.pop() == expected
