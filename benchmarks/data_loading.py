@@ -4,9 +4,10 @@ All read the same tokens, which this script writes first: documents of web-like 
 length (--document-tokens). They run in turn, several times, on one thread and a warm page cache; the best time of each
 counts. Also measured: how long the first batch takes at sample 0, and when a run resumes at sample 10^9.
 
-webdataset hands out the raw ids of one document after the other, in the order of the files. The loader hands out whole
-batches (tokens, labels, mask, segments, positions) of samples in permuted order. memmap copies windows as int64, in
-order.
+webdataset hands out the raw ids of one document after the other, in the order of the files ("as batches": cut into
+inputs and labels, as the loader does). The loader hands out whole batches (tokens, labels, mask, segments, positions)
+of samples in permuted order. memmap copies windows as int64, in order. What the loader costs per sample hardly depends
+on its documents, what webdataset costs per document hardly on their length: the ratio falls as documents grow.
 """
 
 import argparse
@@ -63,6 +64,9 @@ def main() -> int:
 
         readers = {
             "webdataset": lambda: read_webdataset(folder),
+            "webdataset, as batches": lambda: read_webdataset_batches(
+                folder, arguments.sequence_length, arguments.batch
+            ),
             "loader": loader_reader(2, True),
             "loader, no prefetch": loader_reader(0, True),
             "loader, documents apart": loader_reader(2, False),
@@ -106,6 +110,23 @@ def read_webdataset(folder: Path) -> int:
     urls = sorted(str(path) for path in folder.glob("*.tar"))
     dataset = webdataset.WebDataset(urls, shardshuffle=False)
     return sum(np.frombuffer(sample["uint16"], "<u2").size for sample in dataset)
+
+
+def read_webdataset_batches(folder: Path, sequence_length: int, batch: int) -> int:
+    """One pass of webdataset, cut into inputs and labels [batch, sequence_length] as int64."""
+    size = sequence_length * batch
+    parts: list[np.ndarray] = []
+    waiting = done = 0
+    for sample in webdataset.WebDataset(sorted(map(str, folder.glob("*.tar"))), shardshuffle=False):
+        parts.append(np.frombuffer(sample["uint16"], "<u2"))
+        waiting += len(parts[-1])
+        while waiting > size:
+            ids = np.concatenate(parts)
+            window = ids[: size + 1].astype(np.int64)
+            done += window[:-1].reshape(batch, -1).size
+            parts = [ids[size:]]
+            waiting -= size
+    return done
 
 
 def read_loader(loader: Loader, tokens: int) -> int:

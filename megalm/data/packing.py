@@ -52,12 +52,11 @@ class Packer:
                 start = number * length
                 present.append(min(length + 1, reader.tokens_total - start))
                 begins.append(reader.read_into(ids[row, : present[row]], start))
-            ids[row, present[row] :] = self._pad_id
-        whole = min(present) == length + 1
         loss_mask, segment_ids, positions = self._constant(len(rows))
-        if not whole:
+        if min(present) <= length:
             loss_mask = loss_mask.copy()
             for row, tokens in enumerate(present):
+                ids[row, tokens:] = self._pad_id
                 loss_mask[row, max(tokens - 1, 0) :] = 0.0
         if not self._attend_across_documents:
             loss_mask, segment_ids, positions = self._isolate(loss_mask, begins, present)
