@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from megalm.errors import MegalmError
 from megalm.parallel.config import ParallelConfig
 
 OWNED = {
@@ -35,7 +34,7 @@ def _merge(base: dict[str, Any], extra: dict[str, Any], path: str = "") -> dict[
     for key, value in extra.items():
         name = f"{path}{key}"
         if name in OWNED:
-            raise MegalmError(f"deepspeed.{name} is decided by megalm: set {OWNED[name]} instead")
+            raise ValueError(f"deepspeed.{name} is decided by megalm: set {OWNED[name]} instead")
         inner = merged.get(key)
         if isinstance(inner, dict) and isinstance(value, dict):
             merged[key] = _merge(inner, value, f"{name}.")
@@ -47,7 +46,7 @@ def _merge(base: dict[str, Any], extra: dict[str, Any], path: str = "") -> dict[
 
 
 def check_pass_through(extra: dict[str, Any]) -> None:
-    """Refuse a `deepspeed:` key that megalm owns."""
+    """Raise ValueError for a `deepspeed:` key that megalm owns."""
     _merge({}, extra)
 
 

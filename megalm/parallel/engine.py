@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor, nn
 
@@ -100,9 +101,8 @@ class Engine(ABC):
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
         """Mean loss over the tokens of `micro_batches` on all ranks, in nats, and their number."""
-        floor = self._evaluation_floor()
         blank = [(inputs, (labels, torch.zeros_like(mask))) for inputs, (labels, mask) in micro_batches[:1]]
-        padded = [*micro_batches, *(blank * max(0, floor - len(micro_batches)))]
+        padded = [*micro_batches, *(blank * (-len(micro_batches) % self._evaluation_round()))]
         weighted, tokens = self._weigh(padded, len(padded))
         return self._forward(weighted), tokens
 
@@ -148,8 +148,8 @@ class Engine(ABC):
     @abstractmethod
     def _forward(self, micro_batches: list[MicroBatch]) -> float: ...
 
-    def _evaluation_floor(self) -> int:
-        """Fewest micro-batches an evaluation may run."""
+    def _evaluation_round(self) -> int:
+        """An evaluation runs a multiple of this many micro-batches."""
         return 1
 
     def _owned(self) -> list[nn.Parameter]:
@@ -221,12 +221,18 @@ class _PipelineEngine(Engine):
         return self.engine.train_batch(iter(micro_batches)).item()
 
     def _forward(self, micro_batches: list[MicroBatch]) -> float:
-        loss = self.engine.eval_batch(iter(micro_batches), num_micro_batches=len(micro_batches))
-        return loss.item()
+        size = self._evaluation_round() if self._is_dualpipev else len(micro_batches)
+        rounds = [micro_batches[start : start + size] for start in range(0, len(micro_batches), size)]
+        losses = [self.engine.eval_batch(iter(each), num_micro_batches=size).item() for each in rounds]
+        return sum(losses) / len(losses)
 
-    def _evaluation_floor(self) -> int:
-        # DualPipeV fills both halves of its V before it turns around; module.num_stages counts both.
-        return self.engine.module.num_stages
+    def _evaluation_round(self) -> int:
+        # DualPipeVEngine finds a micro-batch's second half by the number of micro-batches of a training step.
+        return self.engine.micro_batches if self._is_dualpipev else 1
+
+    @property
+    def _is_dualpipev(self) -> bool:
+        return isinstance(self.engine, DualPipeVEngine)
 
 
 def create(

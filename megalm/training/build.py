@@ -149,10 +149,10 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
 
 
 def _held_out(planned: Plan, joined: Groups) -> dict[str, list[engine.MicroBatch]]:
-    """This rank's micro-batches of every held-out corpus, by the corpus's name."""
+    """This rank's micro-batches of every held-out corpus, by the shortest end of its path that tells it apart."""
     data, train = planned.config.data, planned.config.train
     return {
-        Path(source.path).name: [
+        name: [
             tensors(batch)
             for batch in held_out_batches(
                 source,
@@ -166,8 +166,17 @@ def _held_out(planned: Plan, joined: Groups) -> dict[str, list[engine.MicroBatch
                 verify_checksums=data.verify_checksums,
             )
         ]
-        for source in data.held_out
+        for name, source in zip(_short_names([source.path for source in data.held_out]), data.held_out, strict=True)
     }
+
+
+def _short_names(paths: list[str]) -> list[str]:
+    """wiki/held_out, books/held_out: as few last folders of each path as tell them apart, but at least one."""
+    for length in range(1, max((len(Path(path).parts) for path in paths), default=0) + 1):
+        names = ["/".join(Path(path).parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return paths
 
 
 def _facts(planned: Plan, device: torch.device, num_parameters: int) -> dict[str, str]:

@@ -11,6 +11,7 @@ from megalm.metrics.config import LoggingConfig
 from megalm.models.config import ModelConfig
 from megalm.optim.config import OptimizerConfig, ScheduleConfig
 from megalm.parallel.config import ParallelConfig
+from megalm.parallel.deepspeed_config import check_pass_through
 
 
 class RunSection(Config):
@@ -53,7 +54,7 @@ class EvaluateSection(Config):
     every: NonNegativeInt = 0
     """Steps between evaluations; the last step always evaluates. 0: only the last."""
     sequences: PositiveInt = 64
-    """Sequences per held-out corpus, from its start."""
+    """Sequences per held-out corpus, spread evenly over it and always the same."""
 
 
 class RunConfig(Config):
@@ -100,6 +101,14 @@ class RunConfig(Config):
                 f"train.sequence_length {train.sequence_length} is not a multiple of parallel.tensor "
                 f"{parallel.tensor}, which parallel.sequence_parallel needs"
             )
+        if self.schedule.total_steps is None:
+            self.schedule.fit(train.steps, "train.steps")
+        if parallel.zero == 0 and train.precision != "fp32":
+            raise ValueError(
+                f"parallel.zero 0 with train.precision {train.precision} would accumulate gradients in "
+                f"{train.precision}: set parallel.zero to 1, which keeps fp32 ones"
+            )
+        check_pass_through(self.deepspeed)
         if not self.data.sources:
             raise ValueError("data.sources is empty: name at least one shard folder")
         if not self.data.tokenizer:

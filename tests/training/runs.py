@@ -1,0 +1,112 @@
+"""What ranks do in the tests of this folder: a whole run, as train.py makes it."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+
+def train_run(tree: dict[str, Any], sabotage: Callable[[Any], None] | None = None) -> int:
+    """Train as train.py does; returns the exit code. sabotage is given the Run before its first step."""
+    from megalm.parallel import device
+    from megalm.training.build import build
+    from megalm.training.config import RunConfig
+    from megalm.training.loop import train
+    from megalm.training.plan import plan
+
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)
+    planned = plan(RunConfig.model_validate(tree), int(os.environ["WORLD_SIZE"]))
+    run = build(planned, device.choose("cpu"))
+    if sabotage:
+        sabotage(run)
+    return train(run)
+
+
+def curve(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """The run's records, without what a clock or the machine decides."""
+    path = Path(tree["run"]["directory"]) / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in ("time", "tokens_per_second", "memory")} for r in records]
+
+
+def state(tree: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: weights, master weights and moments, by file and place."""
+    folder = Path(tree["run"]["directory"]) / "checkpoints" / f"step-{step}"
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(name: str, item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            found[name] = item
+        elif isinstance(item, dict):
+            for key, value in item.items():
+                walk(f"{name}/{key}", value)
+        elif isinstance(item, list | tuple):
+            for index, value in enumerate(item):
+                walk(f"{name}/{index}", value)
+
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".safetensors":
+            walk(path.name, load_file(path))
+        elif path.suffix == ".pt":
+            walk(path.name, torch.load(path, map_location="cpu", weights_only=False))
+    return found
+
+
+class SignalAt:
+    """Send this process (rank `rank` of the run) a signal in the middle of step `step`."""
+
+    def __init__(self, number: int, step: int, rank: int = 0):
+        self.number, self.step, self.rank = number, step, rank
+
+    def __call__(self, run: Any) -> None:
+        right = run.engine.step
+
+        def step(*args: Any) -> Any:
+            if run.step == self.step and run.groups.rank == self.rank:
+                os.kill(os.getpid(), self.number)
+            return right(*args)
+
+        run.engine.step = step
+
+
+class NaNAt:
+    """Make the loss of step `step` (counted from 0, over the life of the process) not a number on every rank."""
+
+    def __init__(self, step: int, factor: float = float("nan")):
+        self.step, self.factor = step, factor
+
+    def __call__(self, run: Any) -> None:
+        weigh, count = run.engine._weigh, 0
+
+        def broken(*args: Any) -> Any:
+            nonlocal count
+            batches, tokens = weigh(*args)
+            if run.engine.module.training or run.engine.__class__.__name__ == "_PipelineEngine":
+                count += 1
+            if count == self.step + 1:
+                batches = [(inputs, (labels, weights * self.factor)) for inputs, (labels, weights) in batches]
+            return batches, tokens
+
+        run.engine._weigh = broken
+
+
+class CrashAt:
+    """Raise in the middle of step `step`, as a bug or a broken device would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def __call__(self, run: Any) -> None:
+        right = run.engine.step
+
+        def step(*args: Any) -> Any:
+            if run.step == self.step:
+                raise RuntimeError("planted crash")
+            return right(*args)
+
+        run.engine.step = step
