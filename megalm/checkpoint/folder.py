@@ -52,9 +52,16 @@ def steps(directory: Path) -> list[int]:
 
 
 def newest(directory: Path) -> Path | None:
-    """The newest whole checkpoint of RUN/checkpoints."""
-    found = steps(directory)
-    return directory / f"step-{found[-1]}" if found else None
+    """The whole checkpoint of RUN/checkpoints that was written last, or None.
+
+    `latest` names it; a run that went back to an earlier step may have left higher ones of its abandoned course.
+    """
+    found = [f"step-{step}" for step in steps(directory)]
+    pointer = directory / LATEST
+    named = pointer.read_text(errors="replace").strip() if pointer.exists() else ""
+    if named in found:
+        return directory / named
+    return directory / found[-1] if found else None
 
 
 def resolve(path: Path) -> Path:
@@ -88,7 +95,7 @@ def save(
     name = f"step-{manifest.step}"
     partial, final = directory / f".{name}.partial", directory / name
     if ranks.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear(directory)
         partial.mkdir(parents=True)
     ranks.barrier()
     write_shards(partial)
@@ -104,22 +111,25 @@ def save(
         described |= part
     if ranks.rank == 0:
         manifests.write(partial, replace(manifest, files=described))
-        _sync(partial)
+        for inner in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+            _sync(inner)
         if final.exists():
-            # Only a rollback writes a step twice; the old folder steps aside until the new one stands.
-            old = directory / f".{name}.old"
-            final.rename(old)
+            # Only a run that went back writes a step twice; the old folder steps aside until the new one stands.
+            aside = _set_aside(final)
             partial.rename(final)
-            shutil.rmtree(old)
+            _delete(aside)
         else:
             partial.rename(final)
         pointer = directory / f".{LATEST}"
         pointer.write_text(name + "\n")
+        _sync(pointer)
         pointer.replace(directory / LATEST)
         _sync(directory)
         if keep_last:
-            for step in steps(directory)[:-keep_last]:
-                _remove(directory / f"step-{step}")
+            # Steps ahead of this one are of a course that the run left: never a reason to remove this one.
+            behind = [step for step in steps(directory) if step <= manifest.step]
+            for step in behind[:-keep_last]:
+                _delete(_set_aside(directory / f"step-{step}"))
     ranks.barrier()
     return final
 
@@ -132,15 +142,34 @@ def verify(folder: Path, ranks: Ranks, *, checksums: bool = True) -> Manifest:
     manifest = manifests.read(folder)
     files = sorted(manifest.files)
     mine = manifests.faults(folder, manifest, files[ranks.rank :: ranks.size], checksums=checksums)
-    found = sorted(fault for part in ranks.gather(mine) for fault in part)
-    if found:
-        more = f" (and {len(found) - 1} more faults)" if len(found) > 1 else ""
-        others = [step for step in steps(folder.parent) if folder.name != f"step-{step}"]
-        way = (
-            f"resume from {folder.parent / f'step-{others[-1]}'}" if others else "no other checkpoint stands beside it"
-        )
-        raise MegalmError(f"checkpoint {folder} is damaged: {found[0]}{more}; {way}")
+    refuse_damaged(folder, sorted(fault for part in ranks.gather(mine) for fault in part))
     return manifest
+
+
+def refuse_damaged(folder: Path, faults: list[str]) -> None:
+    """Raises MegalmError naming the first of a checkpoint's faults, if any, and the newest whole one beside it."""
+    if not faults:
+        return
+    more = len(faults) - 1
+    suffix = f" (and {more} more fault{'s' if more > 1 else ''})" if more else ""
+    other = _other(folder)
+    way = f"use {other} instead" if other else "no whole checkpoint stands beside it"
+    raise MegalmError(f"checkpoint {folder} is damaged: {faults[0]}{suffix}; {way}")
+
+
+def _other(folder: Path) -> Path | None:
+    """The newest other checkpoint beside this one whose files all have their sizes."""
+    for step in reversed(steps(folder.parent)):
+        other = folder.parent / f"step-{step}"
+        if other.name == folder.name:
+            continue
+        try:
+            manifest = manifests.read(other)
+        except MegalmError:  # as damaged as the first
+            continue
+        if not manifests.faults(other, manifest, manifest.files, checksums=False):
+            return other
+    return None
 
 
 def _sync(path: Path) -> None:
@@ -152,8 +181,24 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint so that a crash half-way leaves nothing that looks whole."""
-    aside = folder.with_name(f".{folder.name}.old")
-    folder.rename(aside)
+def _set_aside(folder: Path) -> Path:
+    """Rename a checkpoint so that it no longer counts as one."""
+    return folder.rename(folder.with_name(f".{folder.name}.old"))
+
+
+def _delete(aside: Path) -> None:
+    """Delete a checkpoint that was set aside; without a manifest from the first moment, so it never looks whole."""
+    (aside / manifests.NAME).unlink(missing_ok=True)
     shutil.rmtree(aside)
+
+
+def _clear(directory: Path) -> None:
+    """Clear away what crashes left: unfinished checkpoints, and what was set aside unless nothing took its place."""
+    for partial in directory.glob(".step-*.partial"):
+        shutil.rmtree(partial)
+    for aside in directory.glob(".step-*.old"):
+        place = directory / aside.name.removeprefix(".").removesuffix(".old")
+        if (aside / manifests.NAME).exists() and not place.exists():
+            aside.rename(place)
+        else:
+            _delete(aside)

@@ -47,7 +47,10 @@ def read(folder: Path) -> Manifest:
         raise MegalmError(f"{path} cannot be read ({error}): choose another checkpoint of the run") from None
     known = {field.name for field in fields(Manifest)}
     if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != known:
-        raise MegalmError(f"{path} is not a manifest of format {FORMAT}: it was written by another version of megalm")
+        raise MegalmError(
+            f"{path} is not a manifest of format {FORMAT}, it was written by another version of megalm: use that "
+            "version, or another checkpoint"
+        )
     return Manifest(**content)
 
 
@@ -76,10 +79,13 @@ def faults(folder: Path, manifest: Manifest, names: Iterable[str], *, checksums:
     found = []
     for name in names:
         path, expected = folder / name, manifest.files[name]
-        if not path.exists():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != expected["bytes"]:
-            found.append(f"{name} holds {path.stat().st_size} bytes instead of {expected['bytes']}")
-        elif checksums and checksum(path) != expected["blake2b"]:
-            found.append(f"{name} was altered (its checksum differs)")
+        try:
+            if not path.exists():
+                found.append(f"{name} is missing")
+            elif path.stat().st_size != expected["bytes"]:
+                found.append(f"{name} holds {path.stat().st_size} bytes instead of {expected['bytes']}")
+            elif checksums and checksum(path) != expected["blake2b"]:
+                found.append(f"{name} was altered (its checksum differs)")
+        except OSError as error:  # one rank's bad disk is every rank's message, not a hang
+            found.append(f"{name} cannot be read ({error.strerror})")
     return found

@@ -17,6 +17,12 @@ def file_name(stage: int, tensor_rank: int) -> str:
     return f"weights-stage-{stage:03d}-tensor-{tensor_rank:03d}.safetensors"
 
 
+def file_names(manifest: Manifest) -> list[str]:
+    """Every file of a checkpoint that read() opens."""
+    layout = manifest.layout
+    return [file_name(stage, rank) for stage in range(layout["pipeline"]) for rank in range(layout["tensor"])]
+
+
 def write(folder: Path, stage: int, tensor_rank: int, slices: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Write one rank's slices, under their full names."""
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in slices}
