@@ -16,25 +16,31 @@ HOW_TO_INSTALL = "install NVIDIA's from source (https://github.com/NVIDIA/apex),
 logger = logging.getLogger(__name__)
 
 
-def find() -> ModuleType | None:
-    """NVIDIA apex if it is here and imports, else None (the log says why when another or a broken one is here)."""
+def find(*parts: str) -> ModuleType | None:
+    """The first of `parts` (modules) if NVIDIA apex is here and all import, else None.
+
+    The log says why when another package of that name, or a broken build, is here.
+    """
     spec = _spec()
     if spec is None:
         return None
     try:
-        return _load(spec)
+        return _load(spec, parts)
     except MegalmError as error:
         logger.warning("not used: %s", error)
         return None
 
 
-def require(key: str) -> ModuleType:
-    """NVIDIA apex for the config key that named it. Raises MegalmError when it is absent, another one or broken."""
+def require(key: str, *parts: str) -> ModuleType:
+    """The first of `parts` for the config key that named apex.
+
+    Raises MegalmError when apex is absent, another one or broken.
+    """
     spec = _spec()
     if spec is None:
         raise MegalmError(f"{key} is apex, but apex is not installed: {HOW_TO_INSTALL}, or set {key} to auto")
     try:
-        return _load(spec)
+        return _load(spec, parts)
     except MegalmError as error:
         raise MegalmError(f"{key} is apex, but {error}, or set {key} to auto") from error
 
@@ -43,7 +49,7 @@ def _spec() -> ModuleSpec | None:
     return importlib.util.find_spec("apex")
 
 
-def _load(spec: ModuleSpec) -> ModuleType:
+def _load(spec: ModuleSpec, parts: tuple[str, ...]) -> ModuleType:
     where = spec.origin or ", ".join(spec.submodule_search_locations or [])
     if PathFinder.find_spec("apex.optimizers", spec.submodule_search_locations or []) is None:
         raise MegalmError(
@@ -51,8 +57,7 @@ def _load(spec: ModuleSpec) -> ModuleType:
             f"uninstall it and {HOW_TO_INSTALL}"
         )
     try:
-        importlib.import_module("apex.optimizers")
-        return importlib.import_module("apex")
+        return [importlib.import_module(part) for part in parts][0]
     except Exception as error:  # a build for another torch or CUDA fails in many ways
         raise MegalmError(
             f"NVIDIA apex at {where} does not import ({type(error).__name__}: {error}): "

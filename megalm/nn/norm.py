@@ -1,7 +1,5 @@
 """RMSNorm and LayerNorm: torch's kernels, or NVIDIA apex's fused ones on a GPU."""
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -11,50 +9,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from megalm import nvidia_apex
 from megalm.errors import MegalmError
 from megalm.nn.config import BlockConfig
 from megalm.nn.init import Spec, declare
 from megalm.nn.layers import Layers
 
-_APEX_KERNELS = "apex.normalization.fused_layer_norm"
+KEY = "model.norm_implementation"
+_APEX = "apex.normalization.fused_layer_norm", "fused_layer_norm_cuda"
 
 
 @cache
-def find_apex() -> ModuleType | MegalmError:
-    """NVIDIA apex's kernels, or why they cannot be had."""
-    advice = "build NVIDIA apex from its repository, or set model.norm_implementation to torch"
-    try:
-        kernels = importlib.import_module(_APEX_KERNELS)
-        importlib.import_module("fused_layer_norm_cuda")
-        return kernels
-    except ImportError as error:
-        if importlib.util.find_spec("apex") is None:
-            return MegalmError(f"model.norm_implementation is apex, but apex is not installed: {advice}")
-        if error.name and (error.name == "apex" or error.name.startswith("apex.")):
-            return MegalmError(
-                f"the installed package called apex is not NVIDIA's (PyPI has an unrelated project of that name): "
-                f"uninstall it and {advice}"
-            )
-        return MegalmError(f"the installed apex lacks its fused norms ({error}): {advice}")
-
-
-def apex_kernels(implementation: str, x: Tensor) -> ModuleType | None:
-    """apex's module if `implementation` (auto, torch, apex) means it for x.
+def apex_kernels(implementation: str, on_gpu: bool) -> ModuleType | None:
+    """apex's module of fused norms if `implementation` (auto, torch, apex) means it there, else None.
 
     Raises MegalmError where apex was named and cannot serve.
     """
-    if implementation == "torch" or (implementation == "auto" and not x.is_cuda):
-        return None
-    apex = find_apex()
-    if isinstance(apex, ModuleType) and x.is_cuda:
-        return apex
-    if implementation == "auto":
-        return None
-    raise (
-        apex
-        if isinstance(apex, MegalmError)
-        else MegalmError("model.norm_implementation is apex, which needs a GPU: set it to auto or torch")
-    )
+    if implementation == "apex":
+        kernels = nvidia_apex.require(KEY, *_APEX)
+        if not on_gpu:
+            raise MegalmError(f"{KEY} is apex, which needs a GPU: set it to auto or torch")
+        return kernels
+    return nvidia_apex.find(*_APEX) if implementation == "auto" and on_gpu else None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -93,7 +69,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.shared(self.weight)
-        apex = apex_kernels(self.implementation, x)
+        apex = apex_kernels(self.implementation, x.is_cuda)
         if apex is not None:
             return apex.fused_rms_norm_affine(x, weight, weight.shape, self.eps)
         if x.is_cuda:
@@ -116,7 +92,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.shared(self.weight), self.shared(self.bias)
-        apex = apex_kernels(self.implementation, x)
+        apex = apex_kernels(self.implementation, x.is_cuda)
         if apex is not None:
             return apex.fused_layer_norm_affine(x, weight, bias, weight.shape, self.eps)
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)

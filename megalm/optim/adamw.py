@@ -15,6 +15,7 @@ from megalm.errors import MegalmError
 from megalm.optim.config import OptimizerConfig
 
 KEY = "optimizer.implementation"
+_APEX = "apex.optimizers"
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def resolve_implementation(implementation: str, device: str, offload: bool) -> s
     elif offload:
         candidates = ["deepspeed", "torch_fused"]
     else:
-        candidates = ["apex", "deepspeed", "torch_fused"] if nvidia_apex.find() else ["deepspeed", "torch_fused"]
+        candidates = ["apex", "deepspeed", "torch_fused"] if nvidia_apex.find(_APEX) else ["deepspeed", "torch_fused"]
     for candidate in candidates:
         problem = _problem(candidate, device, offload)
         if problem is None:
@@ -61,7 +62,7 @@ def _problem(implementation: str, device: str, offload: bool) -> str | None:
                 f"set {KEY} to auto, torch_fused or deepspeed"
             )
         try:
-            nvidia_apex.require(KEY)
+            nvidia_apex.require(KEY, _APEX)
         except MegalmError as error:
             return str(error)
     try:
@@ -111,7 +112,7 @@ def _make(
     if implementation == "torch_fused":
         return torch.optim.AdamW(groups, **options, fused=True)
     if implementation == "apex":
-        return nvidia_apex.require(KEY).optimizers.FusedAdam(groups, **options, adam_w_mode=True)
+        return nvidia_apex.require(KEY, _APEX).FusedAdam(groups, **options, adam_w_mode=True)
     assert implementation == "deepspeed", implementation
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 

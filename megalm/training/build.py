@@ -184,7 +184,11 @@ def _facts(planned: Plan, device: torch.device, num_parameters: int) -> dict[str
     config = planned.config
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
     needs = requirements(
-        config.model, device=device.type, dtype=dtype, segmented=not config.data.attend_across_documents
+        config.model,
+        device=device.type,
+        dtype=dtype,
+        segmented=not config.data.attend_across_documents,
+        sequence_length=config.train.sequence_length,
     )
     optimizer = config.optimizer
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -1,7 +1,7 @@
 """Norms against their formulas in fp64, and the choice of implementation."""
 
 import sys
-import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,52 +53,58 @@ def test_comparison_catches_another_epsilon(kind: type) -> None:
 
 @pytest.fixture(autouse=True)
 def _forget_apex():
-    find = norm.find_apex
-    find.cache_clear()
+    norm.apex_kernels.cache_clear()
     yield
-    find.cache_clear()
-    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+    norm.apex_kernels.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] in ("apex", "fused_layer_norm_cuda")]:
         del sys.modules[name]
 
 
-def test_auto_is_torch_on_a_cpu() -> None:
-    assert norm.apex_kernels("auto", torch.zeros(1)) is None
-    assert norm.apex_kernels("torch", torch.zeros(1)) is None
+def _apex(root: Path, *files: str) -> None:
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text("")
+
+
+def test_auto_is_torch_where_there_is_no_gpu_or_no_apex() -> None:
+    assert norm.apex_kernels("auto", on_gpu=False) is None
+    assert norm.apex_kernels("torch", on_gpu=True) is None
+    assert norm.apex_kernels("auto", on_gpu=True) is None
 
 
 def test_missing_apex_is_refused() -> None:
-    with pytest.raises(MegalmError, match="apex is not installed.*norm_implementation to torch"):
-        norm.apex_kernels("apex", torch.zeros(1))
+    with pytest.raises(MegalmError, match="model.norm_implementation is apex, but apex is not installed"):
+        norm.apex_kernels("apex", on_gpu=True)
 
 
-def test_the_unrelated_apex_of_pypi_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("")
+def test_the_unrelated_apex_of_pypi_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _apex(tmp_path, "apex/__init__.py")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(MegalmError, match="not NVIDIA's.*unrelated"):
-        norm.apex_kernels("apex", torch.zeros(1))
+    with pytest.raises(MegalmError, match="is not NVIDIA's"):
+        norm.apex_kernels("apex", on_gpu=True)
+    norm.apex_kernels.cache_clear()
+    assert norm.apex_kernels("auto", on_gpu=True) is None
 
 
-def test_apex_without_its_kernels_is_refused(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "apex" / "normalization").mkdir(parents=True)
-    for file in ("__init__.py", "normalization/__init__.py", "normalization/fused_layer_norm.py"):
-        (tmp_path / "apex" / file).write_text("")
+NVIDIAS = (
+    "apex/__init__.py",
+    "apex/optimizers/__init__.py",
+    "apex/normalization/__init__.py",
+    "apex/normalization/fused_layer_norm.py",
+)
+
+
+def test_apex_without_its_kernels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _apex(tmp_path, *NVIDIAS)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(MegalmError, match="lacks its fused norms"):
-        norm.apex_kernels("apex", torch.zeros(1))
+    with pytest.raises(MegalmError, match="does not import .*fused_layer_norm_cuda"):
+        norm.apex_kernels("apex", on_gpu=True)
 
 
-class OnGpu:
-    """What the choice looks at."""
-
-    is_cuda = True
-
-
-def test_auto_takes_apex_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert norm.apex_kernels("auto", OnGpu()) is None
-    kernels = types.ModuleType("apex.normalization.fused_layer_norm")
-    monkeypatch.setattr(norm, "find_apex", lambda: kernels)
-    assert norm.apex_kernels("auto", OnGpu()) is kernels
-    assert norm.apex_kernels("torch", OnGpu()) is None
+def test_auto_takes_apex_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _apex(tmp_path, *NVIDIAS, "fused_layer_norm_cuda.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    kernels = norm.apex_kernels("auto", on_gpu=True)
+    assert kernels is not None and kernels.__name__ == "apex.normalization.fused_layer_norm"
     with pytest.raises(MegalmError, match="needs a GPU"):
-        norm.apex_kernels("apex", torch.zeros(1))
+        norm.apex_kernels("apex", on_gpu=False)

@@ -22,9 +22,15 @@ def train_run(tree: dict[str, Any], sabotage: Callable[[Any], None] | None = Non
     torch.set_num_threads(1)
     planned = plan(RunConfig.model_validate(tree), int(os.environ["WORLD_SIZE"]))
     run = build(planned, device.choose("cpu"))
+    run.say = lambda message: _note(run.directory / "said.txt", message)  # type: ignore[method-assign]
     if sabotage:
         sabotage(run)
     return train(run)
+
+
+def _note(path: Path, message: str) -> None:
+    with path.open("a") as file:
+        file.write(message + "\n")
 
 
 def curve(tree: dict[str, Any]) -> list[dict[str, Any]]:
