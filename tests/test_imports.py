@@ -31,7 +31,7 @@ ALLOWED = {
     "metrics": {"config"},
     "checkpoint": {"config"},
     "convert": {"models", "checkpoint", "tokenizer", "config"},
-    "eval": {"models", "checkpoint", "tokenizer", "config"},
+    "eval": {"models", "nn", "checkpoint", "tokenizer", "config"},  # nn: the factory of layers for one process
     "sft": {"data", "tokenizer", "nn", "config"},
 }
 ALLOWED["training"] = set(ALLOWED)

@@ -156,12 +156,13 @@ class LayerList(nn.Module):
         return {full_name(self.specs, name): parameter for name, parameter in self.named_parameters()}
 
 
-def build_model(specs: Sequence[LayerSpec], seed: int, tensor_rank: int = 0, tensor_size: int = 1) -> LayerList:
-    """Build every layer, draw its weights and tie what is tied."""
+def build_model(specs: Sequence[LayerSpec], seed: int | None, tensor_rank: int = 0, tensor_size: int = 1) -> LayerList:
+    """Build every layer, draw its weights (seed None: a checkpoint is about to fill them) and tie what is tied."""
     built = {}
     for spec in specs:
         built[spec.name] = spec.build()
-        initialize(built[spec.name], spec.name, seed, tensor_rank, tensor_size)
+        if seed is not None:
+            initialize(built[spec.name], spec.name, seed, tensor_rank, tensor_size)
     for spec in specs:
         if spec.tied_to is not None:
             head, embedding = built[spec.name], built[spec.tied_to]

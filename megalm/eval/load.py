@@ -1,0 +1,105 @@
+"""A trained model in one process, from what its run left behind."""
+
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from megalm.checkpoint import folder as checkpoints
+from megalm.checkpoint import manifest as manifests
+from megalm.checkpoint import weights
+from megalm.checkpoint.manifest import Manifest
+from megalm.errors import MegalmError
+from megalm.models.config import ModelConfig
+from megalm.models.decoder import LayerList, build_model, decoder
+from megalm.nn.layers import Layers
+from megalm.tokenizer.base import Tokenizer
+from megalm.tokenizer.load import load as load_tokenizer
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+) -> tuple[LayerList, ModelConfig, Tokenizer]:
+    """The whole model in eval mode, whatever layout wrote it; its config; and the tokenizer it was trained with.
+
+    path: a run folder or RUN/checkpoints (their newest), or a checkpoint folder. dtype: of the weights; by default as
+    they were saved. tokenizer: its path, where it has moved since the run. The config has backends of this device.
+
+    Raises MegalmError if the checkpoint is missing, damaged (sizes of all files, checksums of the weights) or not of
+    this version, if the tokenizer is not the model's, or if there is no such device.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise MegalmError(f"there is no CUDA device here for a model on {device}: choose the device cpu")
+    folder = checkpoints.resolve(Path(path))
+    manifest = checkpoints.verify(folder, checkpoints.Alone(), checksums=False)
+    checkpoints.refuse_damaged(folder, manifests.faults(folder, manifest, weights.file_names(manifest)))
+    config = model_config(folder, manifest)
+    loaded = _tokenizer(tokenizer or manifest.config["data"]["tokenizer"], config, manifest, folder)
+    with torch.device(device):
+        model = build_model(decoder(config, Layers(), seed=0, segmented=False), seed=None)
+    if dtype is None:
+        dtype = getattr(torch, next(iter(manifest.parameters.values()))["dtype"])
+    model.to(dtype=dtype)
+    _fill(model, folder, manifest)
+    return model.eval().requires_grad_(False), config, loaded
+
+
+def model_config(folder: Path, manifest: Manifest) -> ModelConfig:
+    """The model of a checkpoint, with kernels chosen anew: those of the machine that trained it may not be here.
+
+    Raises MegalmError if it holds what this version does not know.
+    """
+    described = manifest.config["model"] | {"attention_backend": "auto", "norm_implementation": "auto"}
+    try:
+        return ModelConfig.model_validate(described)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise MegalmError(
+            f"checkpoint {folder} holds a model this version of megalm does not know: "
+            f"model.{'.'.join(map(str, first['loc']))}: {first['msg']}; use the version that wrote it, "
+            f"{manifest.versions.get('megalm', 'unknown')}"
+        ) from None
+
+
+def _tokenizer(path: str | Path, config: ModelConfig, manifest: Manifest, folder: Path) -> Tokenizer:
+    """The tokenizer at `path`, if it is the one the model was trained with."""
+    if not Path(path).exists():
+        raise MegalmError(
+            f"the tokenizer of checkpoint {folder} is not at {path}: work in the folder where the run was started, or "
+            "give the tokenizer's path"
+        )
+    tokenizer = load_tokenizer(path)
+    trained_with = manifest.data.get("blend", {}).get("tokenizer")  # its fingerprint, as the loader wrote it down
+    if tokenizer.fingerprint == trained_with:
+        return tokenizer
+    if tokenizer.vocab_size != config.vocab_size:
+        raise MegalmError(
+            f"the tokenizer at {path} has {tokenizer.vocab_size} ids and the model of checkpoint {folder} has "
+            f"{config.vocab_size}: give the path of the tokenizer it was trained with"
+        )
+    if trained_with is not None:
+        raise MegalmError(
+            f"the tokenizer at {path} is not the one that checkpoint {folder} was trained with (fingerprint "
+            f"{tokenizer.fingerprint[:12]}, expected {trained_with[:12]}): give the path of that one"
+        )
+    return tokenizer
+
+
+@torch.no_grad()
+def _fill(model: LayerList, folder: Path, manifest: Manifest) -> None:
+    """Copy a checkpoint's weights into the model of its config."""
+    ours = model.named_weights()
+    shapes = {name: list(parameter.shape) for name, parameter in ours.items()}
+    theirs = {name: entry["shape"] for name, entry in manifest.parameters.items()}
+    if different := sorted(name for name in shapes | theirs if shapes.get(name) != theirs.get(name)):
+        raise MegalmError(
+            f"checkpoint {folder} holds other weights than its config describes, first {different[0]} "
+            f"({theirs.get(different[0])} instead of {shapes.get(different[0])}): use the version of megalm that wrote "
+            f"it, {manifest.versions.get('megalm', 'unknown')}"
+        )
+    for name, whole in weights.read(folder, manifest):
+        ours[name].copy_(whole)

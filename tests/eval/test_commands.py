@@ -1,0 +1,116 @@
+"""The commands, as they are typed: what they print, and their exit codes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megalm.checkpoint import manifest as manifests
+from megalm.tokenizer.load import load
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def command(name: str, *arguments: object, given: bytes = b"", cwd: Path = REPOSITORY) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `python tools/NAME.py ARGUMENTS`, in UTF-8."""
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools" / f"{name}.py"), *map(str, arguments)],
+        input=given,
+        capture_output=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "utf-8"},
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@pytest.fixture(scope="module")
+def run(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model: Callable[..., tuple],
+    make_checkpoint: Callable[..., Path],
+    tokenizer_path: Path,
+) -> Path:
+    """A run with two checkpoints."""
+    folder = tmp_path_factory.mktemp("run")
+    for step in (10, 20):
+        fingerprint = load(tokenizer_path).fingerprint
+        make_checkpoint(
+            folder / "checkpoints", *make_model(), tokenizer_path, step=step, tensor=2, fingerprint=fingerprint
+        )
+    return folder
+
+
+def test_generate_prints_the_prompt_and_goes_on(run: Path) -> None:
+    prompt = "naïve 语言\n"
+    code, out, err = command("generate", run, "--prompt", prompt, "--max-new-tokens", 30, "--top-k", 40, "--seed", 3)
+    assert (code, err) == (0, "")
+    assert out.startswith(prompt) and len(out) > len(prompt) + 5
+    # from standard input, whose last line ends there; the same seed
+    again = command("generate", run, "--max-new-tokens", 30, "--top-k", 40, "--seed", 3, given=f"{prompt}\n".encode())
+    assert again == (0, out, "")
+
+
+def test_generate_says_what_it_leaves_out_and_what_is_wrong(run: Path, tmp_path: Path) -> None:
+    long = "x" * 100
+    code, out, err = command("generate", run, "--prompt", long, "--max-new-tokens", 1, "--greedy")
+    assert code == 0 and out.startswith(long)
+    assert err == "note: the model sees the last 64 of the prompt's 100 tokens\n"
+    code, out, err = command("generate", tmp_path / "nowhere", "--prompt", "x")
+    assert (code, out) == (2, "")
+    assert err == f"error: {tmp_path}/nowhere does not exist: name a run folder or RUN/checkpoints/step-N\n"
+    code, out, err = command("generate", run, given=b"\xff")
+    assert (code, out, err) == (2, "", "error: the prompt on standard input is not UTF-8 text (at byte 0)\n")
+
+
+def test_show_checkpoint(run: Path, make_model: Callable[..., tuple]) -> None:
+    code, out, err = command("show_checkpoint", run, "--verify", "--statistics")
+    assert (code, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert [line.split()[0] for line in lines[2:4]] == ["10", "20"] and lines[3].endswith("tensor 2 (newest)")
+    assert f"{run}/checkpoints/step-20" in lines
+    assert "step 20" in lines and "tokens 20,480 trained" in lines
+    assert "layout pipeline 1 x data 1 x tensor 2" in lines and "versions megalm 0.1.0" in lines
+    assert "samples: 320" in lines
+    assert "verified all 3 files are as they were written" in lines
+    (embedding,) = (line.split() for line in lines if line.endswith("embedding.table.weight"))
+    assert embedding[:5] == ["384", "x", "48", "float32", "0"]
+    table = make_model()[0].named_weights()["embedding.table.weight"].detach()
+    expected = [table.mean(), table.std(correction=0), table.abs().max()]
+    assert [float(number) for number in embedding[5:8]] == pytest.approx([x.item() for x in expected], rel=5e-3)
+
+
+def test_show_checkpoint_names_what_is_damaged(
+    tmp_path: Path,
+    make_model: Callable[..., tuple],
+    make_checkpoint: Callable[..., Path],
+    tokenizer_path: Path,
+) -> None:
+    for step in (10, 20):
+        folder = make_checkpoint(tmp_path / "checkpoints", *make_model(), tokenizer_path, step=step)
+    weights, other = "weights-stage-000-tensor-000.safetensors", "deepspeed/optimizer.pt"
+    (folder / weights).unlink()
+    (folder / other).write_bytes(b"NOT READ BY EVAL")
+    # sizes are always compared, contents with --verify
+    code, out, err = command("show_checkpoint", folder)
+    assert code == 2 and f"DAMAGED      {weights} is missing" in out and other not in out
+    assert err == (
+        f"error: checkpoint {folder} is damaged: {weights} is missing; use {tmp_path}/checkpoints/step-10 instead\n"
+    )
+    code, out, err = command("show_checkpoint", tmp_path, "--verify", "--tensors")
+    assert code == 2 and f"DAMAGED {weights} is missing" in out and f"DAMAGED {other} was altered" in out
+    assert "(and 1 more fault)" in err
+    (folder / manifests.NAME).write_text("{")
+    code, out, err = command("show_checkpoint", tmp_path)
+    assert code == 2 and "manifest.json cannot be read" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGPIPE")
+def test_a_reader_that_leaves_is_no_error(run: Path) -> None:
+    shell = f"{sys.executable} {REPOSITORY}/tools/show_checkpoint.py {run} --tensors | head -n 1"
+    done = subprocess.run(
+        shell, shell=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    )
+    assert done.stdout == f"{run}/checkpoints\n" and done.stderr == ""
