@@ -86,21 +86,26 @@ def check_model(
 
     stages: pieces the layers are cut into (the pipeline degree, twice that for DualPipeV).
     """
+
+    def problem(tensor: int) -> str | None:
+        """Why this degree cannot cut the model, or None."""
+        for what, size in (
+            ("model.num_attention_heads", num_attention_heads),
+            ("model.intermediate_size", intermediate_size),
+        ):
+            if size % tensor:
+                return f"does not divide {what} {size}"
+        if num_key_value_heads % tensor and tensor % num_key_value_heads:
+            return f"and model.num_key_value_heads {num_key_value_heads} do not divide one another"
+        return None
+
     tensor = layout.tensor
-    for what, size in (
-        ("model.num_attention_heads", num_attention_heads),
-        ("model.intermediate_size", intermediate_size),
-    ):
-        if size % tensor:
-            choice = nearest(tensor, divisors(size))
-            raise MegalmError(
-                f"parallel.tensor {tensor} does not divide {what} {size}: the nearest degree that does is {choice}"
-            )
-    if num_key_value_heads % tensor and tensor % num_key_value_heads:
-        choice = nearest(tensor, [d for d in divisors(num_attention_heads) if num_key_value_heads % d == 0])
+    if found := problem(tensor):
+        ranks = layout.world_size
+        degrees = [d for d in divisors(tensor * layout.data) if not problem(d) and padded_vocab_size % d == 0]
         raise MegalmError(
-            f"parallel.tensor {tensor} and model.num_key_value_heads {num_key_value_heads} do not divide one "
-            f"another: the nearest degree that serves is {choice}"
+            f"parallel.tensor {tensor} {found}: the nearest degree that serves on {ranks} ranks is "
+            f"{nearest(tensor, degrees)}"
         )
     if padded_vocab_size % tensor:
         raise MegalmError(
@@ -108,7 +113,10 @@ def check_model(
             f"set model.pad_vocab_to_multiple_of to a multiple of {tensor}, such as {128 * tensor}"
         )
     if num_layers < stages:
+        folds = stages // layout.pipeline
+        degree = max((d for d in divisors(layout.pipeline * layout.data) if d * folds <= num_layers), default=1)
+        schedule = " and parallel.pipeline_schedule to 1f1b" if folds > 1 and degree == 1 else ""
         raise MegalmError(
             f"model.num_layers {num_layers} cannot be cut into {stages} pipeline stages: "
-            f"lower parallel.pipeline to {max(1, layout.pipeline * num_layers // stages)} or less, or add layers"
+            f"set parallel.pipeline to {degree}{schedule}, or add layers"
         )
