@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu lint format
+.PHONY: help setup demo test test-gpu lint format
 
 # An environment is active if its activate script ran (conda's base environment is the system, not an environment).
 ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
@@ -42,6 +42,19 @@ $(STAMP): pyproject.toml constraints.txt | $(PYTHON)
 	@DS_BUILD_OPS=0 $(PIP) -c $(PINS) --no-build-isolation deepspeed
 	@$(PIP) -c $(PINS) --no-build-isolation -e '.[dev]'
 	@touch $@
+
+DEMO := runs/demo
+# What the demo trains on: files and folders, or (by default) the text of the Python installation itself.
+CORPUS ?=
+
+demo: setup ## train a small model on real text and let it write; CORPUS=path for your own text
+	@$(PYTHON) tools/prepare_corpus.py $(or $(CORPUS),--python) --output $(DEMO)/corpus.jsonl.zst
+	@$(PYTHON) tools/train_tokenizer.py --corpus $(DEMO)/corpus.jsonl.zst --output $(DEMO)/tokenizer --vocab-size 4096
+	@$(PYTHON) tools/write_shards.py --corpus $(DEMO)/corpus.jsonl.zst --tokenizer $(DEMO)/tokenizer \
+		--output $(DEMO)/shards --held-out 0.03 --overwrite
+	@$(PYTHON) megalm/train.py --config configs/demo.yaml
+	@echo && echo "What it writes:" && echo
+	@$(PYTHON) tools/generate.py $(DEMO)/run --prompt "The following" --max-new-tokens 120 --temperature 0.7 --top-p 0.9
 
 test test-gpu: export OMP_NUM_THREADS ?= 1
 
