@@ -183,7 +183,7 @@ def test_impossible_combinations_name_every_key_involved(folder: Path) -> None:
     found = message("run.yaml", "train.micro_batch_size=3")
     assert found == (
         "run.yaml:9, --set train.micro_batch_size=3: "
-        "train.global_batch_size 8 is not a multiple of train.micro_batch_size 3"
+        "train.global_batch_size 8 is not a multiple of train.micro_batch_size 3: the nearest legal one is 9"
     )
     found = message("run.yaml", "parallel.zero=2", "parallel.pipeline=2")
     assert found.startswith("--set parallel.zero=2, --set parallel.pipeline=2: parallel: zero 2 with pipeline 2")

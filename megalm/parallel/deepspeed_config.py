@@ -13,7 +13,8 @@ OWNED = {
     "scheduler": "schedule",
     "fp16.enabled": "train.precision",
     "bf16": "train.precision",
-    "bf16.enabled": "train.precision",
+    "bfloat16": "train.precision",
+    "amp": "train.precision",
     "data_types": "train.precision",
     "torch_autocast": "train.precision",
     "zero_optimization.stage": "parallel.zero",
@@ -35,11 +36,14 @@ def _merge(base: dict[str, Any], extra: dict[str, Any], path: str = "") -> dict[
         name = f"{path}{key}"
         if name in OWNED:
             raise ValueError(f"deepspeed.{name} is decided by megalm: set {OWNED[name]} instead")
-        inner = merged.get(key)
-        if isinstance(inner, dict) and isinstance(value, dict):
-            merged[key] = _merge(inner, value, f"{name}.")
-        elif isinstance(value, dict):
-            merged[key] = _merge({}, value, f"{name}.")
+        if isinstance(value, dict):
+            inner = merged.get(key)
+            merged[key] = _merge(inner if isinstance(inner, dict) else {}, value, f"{name}.")
+        elif inside := [owned for owned in OWNED if owned.startswith(f"{name}.")]:
+            raise ValueError(
+                f"deepspeed.{name} is a mapping of keys, not {value}: leave it out, or name keys in it other than "
+                f"{', '.join(inside)}, which megalm decides"
+            )
         else:
             merged[key] = value
     return merged

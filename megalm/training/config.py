@@ -87,9 +87,10 @@ class RunConfig(Config):
     def _consistent(self) -> "RunConfig":
         train, parallel = self.train, self.parallel
         if train.global_batch_size % train.micro_batch_size:
+            choice = max(1, round(train.global_batch_size / train.micro_batch_size)) * train.micro_batch_size
             raise ValueError(
                 f"train.global_batch_size {train.global_batch_size} is not a multiple of "
-                f"train.micro_batch_size {train.micro_batch_size}"
+                f"train.micro_batch_size {train.micro_batch_size}: the nearest legal one is {choice}"
             )
         if train.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
@@ -99,7 +100,8 @@ class RunConfig(Config):
         if parallel.sequence_parallel and train.sequence_length % parallel.tensor:
             raise ValueError(
                 f"train.sequence_length {train.sequence_length} is not a multiple of parallel.tensor "
-                f"{parallel.tensor}, which parallel.sequence_parallel needs"
+                f"{parallel.tensor}, which parallel.sequence_parallel needs: set it to "
+                f"{max(1, train.sequence_length // parallel.tensor) * parallel.tensor}, or turn that off"
             )
         if self.schedule.total_steps is None:
             self.schedule.fit(train.steps, "train.steps")

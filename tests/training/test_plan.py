@@ -1,0 +1,264 @@
+"""A config at a number of ranks: what is refused, in one sentence with the numbers and a way out that works."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megalm.config import load
+from megalm.errors import MegalmError
+from megalm.tokenizer.load import load as load_tokenizer
+from megalm.training.config import RunConfig
+from megalm.training.plan import plan, stages
+
+Settings = Callable[..., dict[str, Any]]
+
+
+def with_keys(tree: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """`tree` with dotted keys set."""
+    changed = copy.deepcopy(tree)
+    for key, value in keys.items():
+        *above, last = key.split(".")
+        branch = changed
+        for part in above:
+            branch = branch.setdefault(part, {})
+        branch[last] = value
+    return changed
+
+
+def refusal(tree: dict[str, Any], ranks: int, folder: Path) -> str:
+    """What the command says of a config file on this many ranks: one sentence."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(MegalmError) as caught:
+        plan(load(str(path), RunConfig), ranks)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.removeprefix(f"{path}:")
+
+
+# keys set over the tiny run (4 heads, 2 key-value heads, 4 layers, batch 16 by 2, sequences of 32, 600 ids), ranks,
+# the sentence, and a change that it proposes
+REFUSED: dict[str, tuple[dict[str, Any], int, str, dict[str, Any] | int]] = {
+    "heads": (
+        {"parallel.tensor": 3, "model.intermediate_size": 96, "model.pad_vocab_to_multiple_of": 3},
+        3,
+        "parallel.tensor 3 does not divide model.num_attention_heads 4: the nearest degree that serves on 3 ranks is 1",
+        {"parallel.tensor": 1, "train.global_batch_size": 18},
+    ),
+    "inner width": (
+        {"parallel.tensor": 4, "model.intermediate_size": 90},
+        4,
+        "parallel.tensor 4 does not divide model.intermediate_size 90: the nearest degree that serves on 4 ranks is 2",
+        {"parallel.tensor": 2},
+    ),
+    "key-value heads": (
+        {"parallel.tensor": 4, "model.num_attention_heads": 12, "model.num_key_value_heads": 6, "model.head_dim": 4},
+        4,
+        "parallel.tensor 4 and model.num_key_value_heads 6 do not divide one another: "
+        "the nearest degree that serves on 4 ranks is 2",
+        {"parallel.tensor": 2},
+    ),
+    "vocabulary": (
+        {"parallel.tensor": 4, "model.vocab_size": 601, "model.pad_vocab_to_multiple_of": 1},
+        4,
+        "parallel.tensor 4 does not divide the padded vocabulary of 601 rows: "
+        "set model.pad_vocab_to_multiple_of to a multiple of 4, such as 512",
+        {"model.pad_vocab_to_multiple_of": 512},
+    ),
+    "ranks": (
+        {"parallel.tensor": 2, "parallel.pipeline": 2},
+        6,
+        "parallel.tensor 2 x parallel.pipeline 2 = 4 does not divide the 6 ranks: "
+        "start 4 or 8 ranks, or choose degrees whose product divides 6",
+        8,
+    ),
+    "batch over ranks": (
+        {},
+        3,
+        "train.global_batch_size 16 is not a multiple of train.micro_batch_size 2 x 3 data-parallel ranks = 6: "
+        "the nearest legal one is 18",
+        {"train.global_batch_size": 18},
+    ),
+    "batch": (
+        {"train.micro_batch_size": 3},
+        1,
+        "train.global_batch_size 16 is not a multiple of train.micro_batch_size 3: the nearest legal one is 15",
+        {"train.global_batch_size": 15},
+    ),
+    "layers": (
+        {"parallel.pipeline": 8},
+        8,
+        "model.num_layers 4 cannot be cut into 8 pipeline stages: set parallel.pipeline to 4, or add layers",
+        {"parallel.pipeline": 4},
+    ),
+    "layers of a V": (
+        {"parallel.pipeline": 2, "parallel.pipeline_schedule": "dualpipev", "model.num_layers": 3},
+        2,
+        "model.num_layers 3 cannot be cut into 4 pipeline stages: set parallel.pipeline to 1 and "
+        "parallel.pipeline_schedule to 1f1b, or add layers",
+        {"parallel.pipeline": 1, "parallel.pipeline_schedule": "1f1b"},
+    ),
+    "micro-batches of a V": (
+        {"parallel.pipeline": 2, "parallel.pipeline_schedule": "dualpipev", "train.global_batch_size": 8},
+        4,
+        "parallel.pipeline_schedule dualpipev over 2 ranks needs at least 4 micro-batches per step, not 2: "
+        "raise train.global_batch_size to 16 or lower train.micro_batch_size",
+        {"train.global_batch_size": 16},
+    ),
+    "ZeRO 2 in a pipeline": (
+        {"parallel.pipeline": 2, "parallel.zero": 2},
+        2,
+        "parallel: zero 2 with pipeline 2 is not supported (each micro-batch would reduce its gradients anew): "
+        "set zero to 1, or pipeline to 1",
+        {"parallel.zero": 1},
+    ),
+    "context": (
+        {"parallel.context": 2},
+        2,
+        "parallel: context 2 is not supported yet: set context to 1 and raise tensor instead",
+        {"parallel.context": 1, "parallel.tensor": 2},
+    ),
+    "sequence parallelism of one": (
+        {"parallel.sequence_parallel": True},
+        1,
+        "parallel: sequence_parallel needs tensor > 1: raise tensor or set sequence_parallel to false",
+        {"parallel.sequence_parallel": False},
+    ),
+    "sequence length over ranks": (
+        {"parallel.sequence_parallel": True, "parallel.tensor": 4, "train.sequence_length": 30},
+        4,
+        "train.sequence_length 30 is not a multiple of parallel.tensor 4, which parallel.sequence_parallel needs: "
+        "set it to 28, or turn that off",
+        {"train.sequence_length": 28},
+    ),
+    "a V of one": (
+        {"parallel.pipeline_schedule": "dualpipev"},
+        1,
+        "parallel: pipeline_schedule dualpipev needs pipeline > 1: raise pipeline or use 1f1b",
+        {"parallel.pipeline_schedule": "1f1b"},
+    ),
+    "offload without ZeRO": (
+        {"parallel.offload_optimizer": True, "parallel.zero": 0},
+        1,
+        "parallel: offload_optimizer needs zero 1, 2 or 3: raise zero or turn it off",
+        {"parallel.zero": 1},
+    ),
+    "bf16 without ZeRO": (
+        {"train.precision": "bf16", "parallel.zero": 0},
+        1,
+        "parallel.zero 0 with train.precision bf16 would accumulate gradients in bf16: "
+        "set parallel.zero to 1, which keeps fp32 ones",
+        {"parallel.zero": 1},
+    ),
+    "fp16 without ZeRO": (
+        {"train.precision": "fp16", "parallel.zero": 0},
+        1,
+        "parallel.zero 0 with train.precision fp16 would accumulate gradients in fp16: "
+        "set parallel.zero to 1, which keeps fp32 ones",
+        {"parallel.zero": 1},
+    ),
+    "sequences longer than positions": (
+        {"train.sequence_length": 4096},
+        1,
+        "train.sequence_length 4096 is above model.max_position_embeddings 2048: raise the latter",
+        {"model.max_position_embeddings": 4096},
+    ),
+    "warm-up longer than the run": (
+        {"schedule.warmup_steps": 9, "schedule.total_steps": None},
+        1,
+        "warmup_steps 9 is more than train.steps 8: lower the former or raise the latter",
+        {"train.steps": 9},
+    ),
+    "megalm's own key": (
+        {"deepspeed": {"gradient_clipping": 3.0}},
+        1,
+        "deepspeed.gradient_clipping is decided by megalm: set optimizer.gradient_clipping instead",
+        {"deepspeed": {}, "optimizer.gradient_clipping": 3.0},
+    ),
+    "megalm's own key, nested": (
+        {"deepspeed": {"zero_optimization": {"stage": 2}}},
+        1,
+        "deepspeed.zero_optimization.stage is decided by megalm: set parallel.zero instead",
+        {"deepspeed": {}, "parallel.zero": 2},
+    ),
+    "vocabulary below the tokenizer's": (
+        {"model.vocab_size": 599},
+        1,
+        "model.vocab_size 599 is below the 600 ids of TOKENIZER: leave it out to take the tokenizer's",
+        {"model.vocab_size": None},
+    ),
+    "hidden size": (
+        {"model.hidden_size": 34},
+        1,
+        "model: hidden_size 34 is not a multiple of num_attention_heads 4: change one of them or set head_dim",
+        {"model.head_dim": 8},
+    ),
+    "no shards": (
+        {"data.sources": []},
+        1,
+        "data.sources is empty: name at least one shard folder",
+        {"data.sources": [{"path": "x"}]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_run_is_refused_with_a_way_out_that_works(
+    settings: Settings, corpus: Path, tmp_path: Path, name: str
+) -> None:
+    keys, ranks, sentence, way = REFUSED[name]
+    tree = with_keys(settings(), keys)
+    message = refusal(tree, ranks, tmp_path).replace(str(corpus / "tokenizer"), "TOKENIZER")
+    assert message.endswith(sentence), message
+    assert re.fullmatch(r"((\S*run\.yaml:)?\d+(, )?)*:? ?", message.removesuffix(sentence)), "file and line come first"
+    if isinstance(way, int):
+        ranks, way = way, {}
+    plan(RunConfig.model_validate(with_keys(tree, way)), ranks)
+
+
+def test_the_run_itself_is_accepted(settings: Settings, corpus: Path) -> None:
+    config = RunConfig.model_validate(settings(parallel={"tensor": 2, "pipeline": 2}))
+    planned = plan(config, 8)
+    assert planned.layout.describe() == "pipeline 2 x data 2 x tensor 2 = 8 ranks"
+    assert planned.accumulation == 4
+    assert planned.config.model.vocab_size == 600 == load_tokenizer(corpus / "tokenizer").vocab_size
+    assert config.model.vocab_size is None, "the config itself is not changed"
+    assert stages(config.parallel) == 2
+    assert stages(config.parallel.model_copy(update={"pipeline_schedule": "dualpipev"})) == 4
+
+
+def test_a_padded_vocabulary_may_be_larger_than_the_tokenizer(settings: Settings) -> None:
+    planned = plan(RunConfig.model_validate(settings(model={"vocab_size": 1000})), 1)
+    assert planned.config.model.padded_vocab_size() == 1024
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "nowhere", "there is no tokenizer at .*nowhere: correct the path, or run tools/train"),
+        (lambda folder: folder, "holds no tokenizer: it has neither"),
+        (lambda folder: _file(folder / "x.model", b"not a model"), r"x\.model"),
+        (lambda folder: _file(folder / "tokenizer.json", b"{}"), r"tokenizer\.json"),
+    ],
+)
+def test_a_tokenizer_that_is_none(settings: Settings, tmp_path: Path, make: Callable[..., Path], message: str) -> None:
+    tree = with_keys(settings(), {"data.tokenizer": str(make(tmp_path))})
+    assert re.search(message, refusal(tree, 1, tmp_path))
+
+
+def _file(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_a_missing_tokenizer_key(settings: Settings, tmp_path: Path) -> None:
+    tree = settings()
+    del tree["data"]["tokenizer"]
+    assert refusal(tree, 1, tmp_path).endswith(
+        "data.tokenizer is empty: name the tokenizer the shards were written with"
+    )
