@@ -3,10 +3,13 @@
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
+
+from safetensors import SafetensorError
 
 from megalm.checkpoint import manifest as manifests
 from megalm.checkpoint.manifest import Manifest
@@ -86,52 +89,93 @@ def save(
     ranks: Ranks,
     *,
     keep_last: int = 0,
+    needed: int = 0,
 ) -> Path:
     """Write RUN/checkpoints/step-N: shards into a temporary folder, manifest last, synced, then renamed.
 
-    write_shards writes this rank's files into the folder it is given. Every rank calls save. A crash at any moment
-    leaves the checkpoints before it as they were.
+    write_shards writes this rank's files into the folder it is given. needed: bytes that all files will take, about.
+    Every rank calls save. A crash at any moment leaves the checkpoints before it as they were.
+
+    Raises MegalmError on every rank when a disk is full, read-only or fails on one.
     """
     name = f"step-{manifest.step}"
     partial, final = directory / f".{name}.partial", directory / name
-    if ranks.rank == 0:
-        _clear(directory)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    write_shards(partial)
-    ranks.barrier()
-    # Ranks share the reading back: files are many and large.
-    files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    with together(ranks, partial):
+        if ranks.rank == 0:
+            _clear(directory)
+            partial.mkdir(parents=True)
+    with together(ranks, partial):
+        free = shutil.disk_usage(partial).free
+        if free < needed:
+            raise OSError(f"it takes about {needed / 1e9:.1f} GB")
+    with together(ranks, partial):
+        write_shards(partial)
     mine = {}
-    for file in files[ranks.rank :: ranks.size]:
-        _sync(partial / file)
-        mine[file] = manifests.describe_file(partial / file)
+    with together(ranks, partial):
+        # Ranks share the reading back: files are many and large.
+        files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+        for file in files[ranks.rank :: ranks.size]:
+            _sync(partial / file)
+            mine[file] = manifests.describe_file(partial / file)
     described: dict[str, Any] = {}
     for part in ranks.gather(mine):
         described |= part
-    if ranks.rank == 0:
-        manifests.write(partial, replace(manifest, files=described))
-        for inner in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
-            _sync(inner)
-        if final.exists():
-            # Only a run that went back writes a step twice; the old folder steps aside until the new one stands.
-            aside = _set_aside(final)
-            partial.rename(final)
-            _delete(aside)
-        else:
-            partial.rename(final)
-        pointer = directory / f".{LATEST}"
-        pointer.write_text(name + "\n")
-        _sync(pointer)
-        pointer.replace(directory / LATEST)
-        _sync(directory)
-        if keep_last:
-            # Steps ahead of this one are of a course that the run left: never a reason to remove this one.
-            behind = [step for step in steps(directory) if step <= manifest.step]
-            for step in behind[:-keep_last]:
-                _delete(_set_aside(directory / f"step-{step}"))
-    ranks.barrier()
+    with together(ranks, partial):
+        if ranks.rank == 0:
+            manifests.write(partial, replace(manifest, files=described))
+            _put_in_place(partial, final, keep_last)
     return final
+
+
+@contextmanager
+def together(ranks: Ranks, partial: Path) -> Iterator[None]:
+    """A part of writing a checkpoint that ends on all ranks when it has ended on each.
+
+    Raises MegalmError on all of them if files cannot be written on one; the unfinished checkpoint is cleared away.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have their own for a disk
+        failure = error
+    mine = "" if failure is None else f"rank {ranks.rank}: {getattr(failure, 'strerror', None) or failure}"
+    failures = [found for found in ranks.gather(mine) if found]
+    if not failures:
+        return
+    directory = partial.parent
+    here = next(folder for folder in (directory, *directory.parents) if folder.is_dir())
+    free = shutil.disk_usage(here).free
+    if ranks.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    raise MegalmError(
+        f"the checkpoint {directory / partial.stem.removeprefix('.')} could not be written ({failures[0]}; "
+        f"{free / 1e9:.1f} GB are free): make room, or choose another run.directory, and start again; the run "
+        "continues from its newest checkpoint"
+    ) from failure
+
+
+def _put_in_place(partial: Path, final: Path, keep_last: int) -> None:
+    """Make a folder that is complete the newest checkpoint."""
+    directory, step = final.parent, int(final.name.removeprefix("step-"))
+    for inner in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+        _sync(inner)
+    if final.exists():
+        # Only a run that went back writes a step twice; the old folder steps aside until the new one stands.
+        aside = _set_aside(final)
+        partial.rename(final)
+        _delete(aside)
+    else:
+        partial.rename(final)
+    pointer = directory / f".{LATEST}"
+    pointer.write_text(final.name + "\n")
+    _sync(pointer)
+    pointer.replace(directory / LATEST)
+    _sync(directory)
+    if keep_last:
+        # Steps ahead of this one are of a course that the run left: never a reason to remove this one.
+        behind = [other for other in steps(directory) if other <= step]
+        for other in behind[:-keep_last]:
+            _delete(_set_aside(directory / f"step-{other}"))
 
 
 def verify(folder: Path, ranks: Ranks, *, checksums: bool = True) -> Manifest:

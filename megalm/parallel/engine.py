@@ -82,6 +82,9 @@ class Engine(ABC):
         else:
             guard.norm = lambda: float(engine.optimizer._global_grad_norm)
         self._norm = math.nan
+        self._failures: list[Exception] = []
+        for owner, name in ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")):
+            setattr(owner, name, self._noting(getattr(owner, name)))
         self.num_parameters = self._count()
 
     @property
@@ -107,15 +110,32 @@ class Engine(ABC):
         return self._forward(weighted), tokens
 
     def save(self, directory: Path, tag: str) -> None:
-        """Write DeepSpeed's shards under directory/tag. All ranks call it."""
+        """Write DeepSpeed's shards under directory/tag. All ranks call it.
+
+        A rank that cannot write raises only at the end: DeepSpeed's ranks wait for each other on the way.
+        """
+        self._failures.clear()
         with quiet():
             self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+        if self._failures:
+            raise self._failures[0]
 
     def load(self, directory: Path, tag: str) -> None:
         """Read weights and optimizer written by `save` on the same layout."""
         with quiet():
             path, _ = self.engine.load_checkpoint(str(directory), tag=tag)
         assert path is not None, f"DeepSpeed found no checkpoint in {directory / tag}"
+
+    def _noting(self, write: Callable[..., None]) -> Callable[..., None]:
+        """`write`, but what goes wrong with the disk is kept for the end of save()."""
+
+        def write_or_note(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:  # torch.save raises either
+                self._failures.append(error)
+
+        return write_or_note
 
     def _weigh(self, micro_batches: Sequence[MicroBatch], count: int) -> tuple[list[MicroBatch], int]:
         """Turn each loss mask into weights under which the engine's averaging over micro-batches and ranks gives

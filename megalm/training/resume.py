@@ -1,6 +1,5 @@
 """A run's state to and from its checkpoints."""
 
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,9 @@ from megalm.training.run import Run
 
 SHARDS = "deepspeed"
 """Folder inside a checkpoint with DeepSpeed's own files: optimizer, master weights, loss scale."""
+
+_BYTES_PER_PARAMETER = 20
+"""fp32 master weights and two moments, and the weights twice, in up to fp32."""
 
 _SAME = (
     ("model", "the weights would not fit"),
@@ -85,13 +87,13 @@ def save(run: Run) -> None:
         files={},
         versions={name: version(name) for name in ("megalm", "torch", "deepspeed", "megatron-core")},
     )
-    _require_space(run)
     checkpoints.save(
         directory(run.config),
         manifest,
         lambda folder: _write(run, folder),
         run.groups,
         keep_last=run.config.checkpoint.keep_last,
+        needed=run.engine.num_parameters * _BYTES_PER_PARAMETER,
     )
     run.say(f"saved {directory(run.config) / f'step-{run.step}'}")
 
@@ -158,22 +160,11 @@ def _parameters(run: Run) -> dict[str, Any]:
 
 def _write(run: Run, folder: Path) -> None:
     """This rank's files: DeepSpeed's shards, and weights once per (stage, tensor) slice."""
-    run.engine.save(folder, SHARDS)
+    with checkpoints.together(run.groups, folder):  # whoever failed here would be missed while weights are gathered
+        run.engine.save(folder, SHARDS)
     named = run.engine.named_weights(run.layer_names)
     if run.groups.data_rank == 0:
         weights.write(folder, run.groups.stage, run.groups.tensor_rank, named)
     else:
         for _ in named:  # under ZeRO 3 every data-parallel rank takes part in gathering each weight
             pass
-
-
-def _require_space(run: Run) -> None:
-    """Refuse to begin a checkpoint that cannot fit; fp32 master weights, two moments and the weights twice."""
-    needed = run.engine.num_parameters * 20
-    folder = directory(run.config)
-    free = min(run.groups.gather(shutil.disk_usage(folder if folder.exists() else folder.parent).free))
-    if free < needed:
-        raise MegalmError(
-            f"{folder} has {free / 1e9:.1f} GB free and a checkpoint takes about {needed / 1e9:.1f} GB: "
-            f"make room and start again; the run continues from its newest checkpoint"
-        )

@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent: a save is stopped at every operation on the disk, and nothing is lost."""
 
+import errno
 import os
 import shutil
 import threading
@@ -266,7 +267,7 @@ def on_ranks(size: int, work: Callable[[Threads], None]) -> list[Exception | Non
         except Exception as error:
             raised[rank] = error
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -289,6 +290,76 @@ def test_ranks_write_and_verify_one_checkpoint_together(tmp_path: Path) -> None:
     (folder / "rank-1").write_text("rank !")
     for error in on_ranks(3, lambda ranks: checkpoints.verify(folder, ranks) and None):
         assert isinstance(error, MegalmError) and "rank-1 was altered" in str(error)
+
+
+def _fail(*arguments: Any, **options: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _at(monkeypatch: pytest.MonkeyPatch, name: str, rank: int) -> None:
+    """Make a function of folder.py fail on one rank."""
+    where, _, attribute = name.rpartition(".")
+    module = getattr(checkpoints, where) if where else checkpoints
+    right = getattr(module, attribute)
+    monkeypatch.setattr(
+        module,
+        attribute,
+        lambda *arguments, **options: (
+            _fail() if threading.current_thread().name == f"rank {rank}" else right(*arguments, **options)
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "rank"),
+    [("_clear", 0), ("not shared", 2), ("_sync", 1), ("manifests.write", 0), ("_put_in_place", 0), ("shard", 2)],
+)
+def test_a_disk_that_fails_on_one_rank_is_an_error_on_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, rank: int
+) -> None:
+    save(tmp_path, 10)
+
+    def write(ranks: Threads) -> None:
+        def shard(folder: Path) -> None:
+            (folder / f"rank-{ranks.rank}").write_text("x")
+            if function == "shard" and ranks.rank == rank:
+                _fail()
+
+        checkpoints.save(tmp_path, replace(EMPTY, step=20), shard, ranks)
+
+    with monkeypatch.context() as patch:
+        if function == "not shared":  # the folder that rank 0 makes is not there for the others
+            patch.setattr(checkpoints.Path, "mkdir", lambda *arguments, **options: None)
+        elif function != "shard":
+            _at(patch, function, rank)
+        raised = on_ranks(3, write)
+    for error in raised:
+        assert isinstance(error, MegalmError) and "\n" not in str(error)
+        assert f"the checkpoint {tmp_path}/step-20 could not be written (rank " in str(error)
+        assert "GB are free): make room, or choose another run.directory, and start again" in str(error)
+    assert checkpoints.steps(tmp_path) == [10] and not leftovers(tmp_path), "what was written goes, to leave room"
+    assert content(tmp_path / "step-10") == "step 10"
+    assert on_ranks(3, write) == [None] * 3 if function != "shard" else save(tmp_path, 20)
+    assert checkpoints.steps(tmp_path) == [10, 20]
+
+
+def test_a_checkpoint_that_cannot_fit_is_not_begun(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    (tmp_path / ".step-15.partial").mkdir()  # of a crash, to be cleared away before room is measured
+    begun = []
+    with pytest.raises(
+        MegalmError, match=r"step-20 could not be written \(rank 0: it takes about 1000000000.0 GB; .* GB"
+    ):
+        checkpoints.save(tmp_path, replace(EMPTY, step=20), begun.append, Alone(), needed=10**18)
+    assert not begun and not leftovers(tmp_path) and checkpoints.steps(tmp_path) == [10]
+
+
+def test_what_is_no_fault_of_a_disk_stays_what_it_is(tmp_path: Path) -> None:
+    def wrong(folder: Path) -> None:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        checkpoints.save(tmp_path, replace(EMPTY, step=20), wrong, Alone())
 
 
 def alter(path: Path) -> None:
