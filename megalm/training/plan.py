@@ -1,7 +1,10 @@
 """A config held against the ranks that were started and the files it names, before anything is allocated."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
+from megalm.data.index import ShardReader
 from megalm.errors import MegalmError
 from megalm.layout import Layout, check_model
 from megalm.parallel.config import ParallelConfig
@@ -26,7 +29,9 @@ def stages(parallel: ParallelConfig) -> int:
 
 
 def plan(config: RunConfig, world_size: int) -> Plan:
-    """Raises MegalmError, with numbers and the nearest legal choice, for what cannot run on `world_size` ranks."""
+    """Raises MegalmError, with numbers and the nearest legal choice, for what cannot run on `world_size` ranks; and
+    for a tokenizer, shards or a run folder that cannot be used. Changes no file.
+    """
     parallel, train, model = config.parallel, config.train, config.model
     layout = Layout.of(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline)
     accumulation = layout.accumulation(train.global_batch_size, train.micro_batch_size)
@@ -55,4 +60,15 @@ def plan(config: RunConfig, world_size: int) -> Plan:
         num_layers=model.num_layers,
         stages=pieces,
     )
+    for source in (*config.data.sources, *config.data.held_out):
+        ShardReader(source.path, tokenizer)  # refuses what the loader would refuse, some seconds later
+    _check_directory(Path(config.run.directory))
     return Plan(config.model_copy(update={"model": model}), layout, accumulation, tokenizer)
+
+
+def _check_directory(directory: Path) -> None:
+    """Refuse a run folder that cannot be made or written."""
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is not a folder" if not there.is_dir() else "may not be written by you"
+        raise MegalmError(f"run.directory {directory} cannot be used, {there} {why}: choose another run.directory")

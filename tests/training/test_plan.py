@@ -1,9 +1,12 @@
 """A config at a number of ranks: what is refused, in one sentence with the numbers and a way out that works."""
 
 import copy
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import yaml
 from megalm.config import load
 from megalm.errors import MegalmError
 from megalm.tokenizer.load import load as load_tokenizer
+from megalm.tokenizer.train import train
 from megalm.training.config import RunConfig
 from megalm.training.plan import plan, stages
 
@@ -202,7 +206,7 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str, dict[str, Any] | int]] = {
         {"data.sources": []},
         1,
         "data.sources is empty: name at least one shard folder",
-        {"data.sources": [{"path": "x"}]},
+        {},
     ),
 }
 
@@ -218,7 +222,10 @@ def test_what_cannot_run_is_refused_with_a_way_out_that_works(
     assert re.fullmatch(r"((\S*run\.yaml:)?\d+(, )?)*:? ?", message.removesuffix(sentence)), "file and line come first"
     if isinstance(way, int):
         ranks, way = way, {}
-    plan(RunConfig.model_validate(with_keys(tree, way)), ranks)
+    proposed = with_keys(tree, way)
+    if name == "no shards":
+        proposed["data"]["sources"] = settings()["data"]["sources"]
+    plan(RunConfig.model_validate(proposed), ranks)
 
 
 def test_the_run_itself_is_accepted(settings: Settings, corpus: Path) -> None:
@@ -262,3 +269,42 @@ def test_a_missing_tokenizer_key(settings: Settings, tmp_path: Path) -> None:
     assert refusal(tree, 1, tmp_path).endswith(
         "data.tokenizer is empty: name the tokenizer the shards were written with"
     )
+
+
+def test_shards_that_are_not_there(settings: Settings, corpus: Path, tmp_path: Path) -> None:
+    for key in ("sources", "held_out"):
+        tree = with_keys(settings(), {f"data.{key}": [{"path": str(tmp_path / "nowhere")}]})
+        assert refusal(tree, 1, tmp_path).startswith(f"there is no shard folder {tmp_path}/nowhere: correct the path")
+    tree = with_keys(settings(), {"data.sources": [{"path": str(corpus / "shards")}]})
+    assert refusal(tree, 1, tmp_path).endswith(f"is not a shard folder itself: name {corpus}/shards/train")
+
+
+def test_a_tokenizer_that_the_shards_were_not_written_with(settings: Settings, corpus: Path, tmp_path: Path) -> None:
+    train(topics.values, 500).save(tmp_path / "other")
+    message = refusal(with_keys(settings(), {"data.tokenizer": str(tmp_path / "other")}), 1, tmp_path)
+    assert re.search(r"was written with another tokenizer \(fingerprint \w{12}, 600 ids\) than the one given", message)
+    assert "set data.tokenizer to the former" in message
+
+
+def test_a_truncated_shard(settings: Settings, corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus / "shards" / "train", tmp_path / "shards")
+    victim = tmp_path / "shards" / "shard-000000.tar"
+    size = victim.stat().st_size
+    os.truncate(victim, size - 512)
+    message = refusal(with_keys(settings(), {"data.sources": [{"path": str(tmp_path / "shards")}]}), 1, tmp_path)
+    assert message.startswith(f"the shard file {victim} is truncated ({size - 512:,} bytes, {size:,} expected): ")
+
+
+def test_a_run_folder_that_cannot_be_used(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = _file(tmp_path / "taken", b"")
+    for directory in (taken, taken / "below" / "it"):
+        message = refusal(with_keys(settings(), {"run.directory": str(directory)}), 1, tmp_path)
+        assert message == (
+            f"run.directory {directory} cannot be used, {taken} is not a folder: choose another run.directory"
+        )
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # permissions do not bind root
+    message = refusal(settings("not/made/yet"), 1, tmp_path)
+    assert f"cannot be used, {tmp_path} may not be written by you: choose another" in message
+    monkeypatch.undo()
+    plan(RunConfig.model_validate(settings("not/made/yet")), 1)
+    assert not (tmp_path / "not").exists(), "planning changes no file"
