@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalm.errors import MegalmError
@@ -195,35 +196,77 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Three matrix products for every 128 queries and the keys that they can see, in the dtype of q.
+    """Matrix products for every 128 queries and the keys that they can see, in the dtype of q.
 
     On a CPU in bf16 this takes half the time of SDPA, whose backward pass does not use bf16 instructions well; it
     keeps the attention weights, so it is for short sequences.
     """
-    batch, queries, heads, head_dim = q.shape
-    keys, kv_heads = k.shape[1], k.shape[2]
-    group = heads // kv_heads
+    keys = k.shape[1]
     reach = keys if mask.window is None else mask.window - 1
-    visible = mask.visible(queries, keys, q.device)
-    k3, v3 = (_heads_first(x).reshape(batch * kv_heads, keys, head_dim) for x in (k, v))
-    mixed = []
-    for start in range(0, queries, 128):
-        stop = min(start + 128, queries)
-        past, ahead = max(start - reach, 0), 0 if mask.kind == "causal" else reach
-        seen = slice(past, min(stop + ahead, keys))
-        # a key head meets the queries of its whole group as one matrix: [batch x kv_heads, group x block, head_dim]
-        block = q[:, start:stop].unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4)
-        bias = torch.zeros((), dtype=q.dtype, device=q.device)
-        if visible is not None:
-            hidden = ~visible[:, :, None, start:stop, seen]  # [batch or 1, 1, 1, block, seen]
-            bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -math.inf)
-            bias = bias.expand(-1, 1 if len(hidden) == 1 else kv_heads, group, -1, -1).flatten(2, 3).flatten(0, 1)
-        scores = torch.baddbmm(
-            bias, block.reshape(batch * kv_heads, -1, head_dim), k3[:, seen].transpose(1, 2), alpha=head_dim**-0.5
-        )
-        values = torch.bmm(scores.softmax(dim=-1), v3[:, seen])
-        mixed.append(values.view(batch, kv_heads, group, stop - start, head_dim).permute(0, 3, 1, 2, 4).flatten(2, 3))
-    return torch.cat(mixed, dim=1)
+    ahead = 0 if mask.kind == "causal" else reach
+    starts = range(0, q.shape[1], 128)
+    seen = [slice(max(start - reach, 0), min(start + 128 + ahead, keys)) for start in starts]
+    return _BlockAttention.apply(q, k, v, mask.visible(q.shape[1], keys, q.device), seen)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Attention of blocks of 128 queries, each to a slice of the keys.
+
+    A key head meets the queries of its whole group as one matrix: [batch x kv_heads, group x block, head_dim].
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, seen: list[slice]) -> Tensor:
+        """visible: [batch or 1, 1, queries, keys]. seen: of each block."""
+        kv_heads = k.shape[2]
+        group = q.shape[2] // kv_heads
+        k3, v3 = _by_key_head(k, kv_heads), _by_key_head(v, kv_heads)
+        mixed = torch.empty_like(q)
+        weights = []
+        for number, (block, out) in enumerate(zip(q.split(128, 1), mixed.split(128, 1), strict=True)):
+            bias = torch.zeros((), dtype=q.dtype, device=q.device)
+            if visible is not None:
+                rows = slice(128 * number, 128 * number + block.shape[1])
+                hidden = ~visible[:, :, None, rows, seen[number]]  # [batch or 1, 1, 1, block, seen]
+                bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -math.inf)
+                bias = bias.expand(-1, 1 if len(hidden) == 1 else kv_heads, group, -1, -1).flatten(2, 3).flatten(0, 1)
+            scores = torch.baddbmm(
+                bias, _by_key_head(block, kv_heads), k3[:, seen[number]].transpose(1, 2), alpha=q.shape[3] ** -0.5
+            )
+            weights.append(scores.softmax(dim=-1))
+            _put(out, torch.bmm(weights[-1], v3[:, seen[number]]), kv_heads)
+        ctx.save_for_backward(q, k3, v3, *weights)
+        ctx.seen = seen  # type: ignore[attr-defined]
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
+        q, k3, v3, *weights = ctx.saved_tensors
+        batch, kv_heads = len(q), len(k3) // len(q)
+        dq, dk3, dv3 = torch.empty_like(q), torch.zeros_like(k3), torch.zeros_like(v3)
+        blocks = zip(ctx.seen, weights, q.split(128, 1), gradient.split(128, 1), dq.split(128, 1), strict=True)
+        for seen, weight, block, d_mixed, d_block in blocks:
+            d_values = _by_key_head(d_mixed, kv_heads)
+            dv3[:, seen] += torch.bmm(weight.transpose(1, 2), d_values)
+            d_weight = torch.bmm(d_values, v3[:, seen].transpose(1, 2))
+            d_scores = torch.ops.aten._softmax_backward_data(d_weight, weight, -1, weight.dtype)
+            dk3[:, seen] += torch.bmm(d_scores.transpose(1, 2), _by_key_head(block, kv_heads))
+            _put(d_block, torch.bmm(d_scores, k3[:, seen]), kv_heads)
+        scale = q.shape[3] ** -0.5
+        dk, dv = (x.unflatten(0, (batch, kv_heads)).transpose(1, 2) for x in (dk3.mul_(scale), dv3))
+        return dq.mul_(scale), dk, dv, None, None
+
+
+def _by_key_head(x: Tensor, kv_heads: int) -> Tensor:
+    """[batch, seq, heads, head_dim] -> [batch x kv_heads, group x seq, head_dim], copied."""
+    return x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).reshape(len(x) * kv_heads, -1, x.shape[3])
+
+
+def _put(out: Tensor, x: Tensor, kv_heads: int) -> None:
+    """The inverse of _by_key_head, into `out`."""
+    batch, seq, heads, head_dim = out.shape
+    out.unflatten(2, (kv_heads, -1)).copy_(x.view(batch, kv_heads, -1, seq, head_dim).permute(0, 3, 1, 2, 4))
 
 
 def kernels_for_masks(queries: int, keys: int) -> list[SDPBackend]:
