@@ -2,10 +2,12 @@
 
 A file names only what differs from the defaults. `extends:` names one file or a list of files (relative to the file
 that says so) to start from; later ones win, the file itself wins over all of them. Mappings merge deeply; lists and
-scalars replace. Imports nothing that takes seconds.
+scalars replace. A file that is reached twice counts once, where it is reached first: of two files that extend the same
+base, the second does not bring the base's values back over the first. Imports nothing that takes seconds.
 """
 
 import difflib
+import functools
 import json
 import os
 import re
@@ -25,9 +27,12 @@ except ImportError:  # PyYAML without libyaml: ten times slower, otherwise the s
 
 
 class Config(BaseModel):
-    """A branch of the tree: unknown keys and wrong types are errors, values do not change, fields are documented."""
+    """A branch of the tree: unknown keys and wrong types are errors, numbers are finite, values do not change, fields
+    are documented."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -38,7 +43,7 @@ def load(path: str, root: type[AnyConfig], overrides: Sequence[str] = ()) -> Any
 
     Raises MegalmError that names file, line and key (or the override) of the first thing that is wrong.
     """
-    tree = _read(path)
+    tree = functools.reduce(_merge, _layers(path, set()))
     for override in overrides:
         tree = _override(tree, override)
     return _validate(root, tree)
@@ -93,10 +98,17 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, [*"-+.012345678
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, [*"-+.0123456789"])
 
 
-def _read(path: str, asked_by: str = "", above: tuple[str, ...] = ()) -> _Node:
-    """The mapping in file `path`, merged over what it extends. `above`: the files that led here."""
-    if os.path.realpath(path) in map(os.path.realpath, above):
+def _layers(path: str, seen: set[str], asked_by: str = "", above: tuple[str, ...] = ()) -> Iterator[_Node]:
+    """The mappings of the files that `path` extends and then its own, each file once.
+
+    `seen`: real paths of the files that were reached before; `above`: the files that led here.
+    """
+    real = os.path.realpath(path)
+    if real in map(os.path.realpath, above):
         raise MegalmError(f"{asked_by}extends goes in a circle ({' -> '.join((*above, path))}): remove one of them")
+    if real in seen:
+        return
+    seen.add(real)
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
@@ -112,13 +124,12 @@ def _read(path: str, asked_by: str = "", above: tuple[str, ...] = ()) -> _Node:
         raise MegalmError(f"{tree.place}: a config file is a mapping (key: value), not {_show(_plain(tree))}")
     keys = dict(tree.value)
     extends = keys.pop("extends", _Node([], path))
-    merged = _Node({}, path)
     for base in extends.value if isinstance(extends.value, list) else [extends]:
         if not isinstance(base.value, str):
             raise MegalmError(f"{base.place}: extends is a path or a list of paths, not {_show(_plain(base))}")
         beside = os.path.normpath(os.path.join(os.path.dirname(path), base.value))
-        merged = _merge(merged, _read(beside, f"{base.place}: ", (*above, path)))
-    return _merge(merged, _Node(keys, path))
+        yield from _layers(beside, seen, f"{base.place}: ", (*above, path))
+    yield _Node(keys, path)
 
 
 def _nearest_file(path: str) -> str:

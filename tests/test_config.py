@@ -107,6 +107,9 @@ def test_numbers_fit_their_field(folder: Path) -> None:
     assert load("run.yaml", RunConfig, ["model.rope_theta=500000"]).model.rope_theta == 500000.0
     assert "train.steps should be a valid integer, not 1.5" in message("run.yaml", "train.steps=1.5")
     assert "should be a valid integer, not Infinity" in message("run.yaml", "train.steps=.inf")
+    for value, shown in ((".inf", "Infinity"), (".nan", "NaN")):
+        for key in ("optimizer.learning_rate", "optimizer.eps", "model.rope_theta"):
+            assert f"{key} should be a finite number, not {shown}" in message("run.yaml", f"{key}={value}")
 
 
 # ---- what is wrong, and where ----
@@ -255,8 +258,12 @@ def test_two_files_may_extend_the_same_one(folder: Path) -> None:
             "run.yaml": "extends: [left.yaml, right.yaml]",
         }
     )
-    # Right's copy of base comes after left, so it sets `a` back: later files win whole.
-    assert free() == {"a": 0, "b": 1, "c": 0}
+    # Right extends base too, but says nothing about `a`: base comes once, before both.
+    assert free() == {"a": 1, "b": 1, "c": 0}
+    write({"run.yaml": "extends: [left.yaml, right.yaml, parts/../base.yaml]"})
+    assert free() == {"a": 1, "b": 1, "c": 0}
+    write({"run.yaml": "extends: [right.yaml, base.yaml, left.yaml]\nfree: {c: 1}"})
+    assert free() == {"a": 1, "b": 1, "c": 1}
 
 
 @pytest.mark.parametrize(
