@@ -87,7 +87,8 @@ def derive(
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     if precision == "bf16":
-        config["bf16"] = {"enabled": True}
+        # A gradient joins its fp32 sum as soon as it is there and is freed, instead of after the backward pass.
+        config["bf16"] = {"enabled": True, "immediate_grad_update": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif precision == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1}
