@@ -40,6 +40,12 @@ def require_precision(precision: str) -> None:
         )
 
 
+def require_determinism() -> None:
+    """From here on torch takes only kernels that give the same bits in every run, and refuses those without one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
+
+
 def local(device: Kind) -> torch.device:
     """This rank's device, made current."""
     if device == "cpu":

@@ -106,6 +106,8 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         resume.check(manifests.read(found), planned, str(found))
     device = devices.local(kind)
     devices.require_precision(config.train.precision)
+    if config.train.deterministic:
+        devices.require_determinism()
     groups.start(device)
     joined = groups.create(planned.layout)
     train, logging = config.train, config.logging

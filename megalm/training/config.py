@@ -38,6 +38,9 @@ class TrainSection(Config):
     """Tokens a sequence predicts."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the forward and backward pass; master weights and optimizer are fp32."""
+    deterministic: bool = False
+    """On a GPU, only kernels that give the same bits in every run, at some speed, so that a run resumes bitwise. A
+    CPU's always do."""
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     """What a step with a non-finite loss or gradient norm does. `rollback` reloads the newest checkpoint."""
     on_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
