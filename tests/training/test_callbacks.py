@@ -1,0 +1,233 @@
+"""Callbacks one by one, over a run that only says what they ask of it."""
+
+import gc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from megalm.training.build import _short_names
+from megalm.training.callbacks import anomalies
+from megalm.training.callbacks.anomalies import Anomalies
+from megalm.training.callbacks.checkpoints import Checkpoints
+from megalm.training.callbacks.evaluation import Evaluation
+from megalm.training.callbacks.garbage import GarbageCollection
+from megalm.training.run import ANOMALY, PREEMPTED, Callback, Run
+from tests.distributed import sabotage
+from tests.distributed.ranks import run_ranks
+from tests.training.runs import NaNAt, curve, train_run
+
+NAN = float("nan")
+
+
+class StandIn:
+    """A run of 100 steps at some step."""
+
+    due = Run.due
+    is_last_step = Run.is_last_step
+
+    def __init__(self, step: int = 0, steps: int = 100) -> None:
+        self.step, self.stop = step, None
+        self.said: list[str] = []
+        self.say = self.said.append
+        train = type("Train", (), {"steps": steps})
+        self.config = type("Config", (), {"train": train})
+        self.held_out = {"web": ["batches of web"], "books": ["batches of books"]}
+        self.evaluated: list[str] = []
+        self.engine = self
+
+    def evaluate(self, batches: list[str]) -> tuple[float, int]:
+        self.evaluated += batches
+        return float(len(batches[0])), 1000
+
+
+def policy(
+    on_nan: str = "skip", on_spike: str = "skip", factor: float = 10.0, limit: int = 10, scaled: bool = False
+) -> Anomalies:
+    return Anomalies(on_nan, on_spike, factor, limit, scaled=scaled)
+
+
+def step(anomalies: Anomalies, run: StandIn, norm: float, loss: float = 2.0) -> dict[str, Any]:
+    """One step of the loop; its record."""
+    run.step += 1
+    record = {"loss": loss, "grad_norm": norm, "applied": anomalies.accept(norm)}
+    anomalies.after_step(run, record)  # type: ignore[arg-type]
+    return record
+
+
+def test_a_spike_needs_twenty_accepted_steps() -> None:
+    judge, run = policy(), StandIn()
+    for _ in range(5):
+        assert step(judge, run, NAN)["anomalies"] == run.step, "what is not finite counts from the first step on"
+    judge = policy()
+    for norm in [1.0] * 19:
+        assert judge.accept(norm)
+    assert judge.accept(1000.0), "the twentieth is the last one without a judgement"
+    judge = policy()
+    for norm in [1.0] * 20:
+        assert judge.accept(norm)
+    assert not judge.accept(10.1) and judge.accept(10.0)
+
+
+def test_the_mean_is_the_mean_at_first_and_forgets_later() -> None:
+    judge = policy()
+    for norm in (1.0, 2.0, 6.0):
+        judge.accept(norm)
+    assert judge.state()["mean"] == pytest.approx(3.0)
+    for _ in range(47):
+        judge.accept(3.0)
+    assert judge.state()["mean"] == pytest.approx(3.0)
+    judge.accept(4.0)
+    assert judge.state()["mean"] == pytest.approx(3.0 + 0.02 * 1.0), "from 50 steps on the last ones count more"
+    before = judge.state()
+    assert not judge.accept(1000.0) and not judge.accept(NAN) and not judge.accept(math.inf)
+    assert judge.state() == before, "what is declined does not move the mean"
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("nan", NAN), ("spike", 50.0)])
+@pytest.mark.parametrize("action", ["stop", "skip", "rollback"])
+def test_each_action(monkeypatch: pytest.MonkeyPatch, kind: str, norm: float, action: str) -> None:
+    monkeypatch.setattr(anomalies, "roll_back", lambda run: 15)
+    judge, run = policy(**{f"on_{kind}": action}), StandIn()
+    for _ in range(20):
+        assert "anomalies" not in step(judge, run, 1.0)
+    assert step(judge, run, norm) == {"loss": 2.0, "grad_norm": pytest.approx(norm, nan_ok=True)} | {
+        "applied": False,
+        "anomalies": 1,
+    }
+    [said] = run.said
+    why = "not finite" if kind == "nan" else "a spike over the mean of 1"
+    assert said.startswith(f"step 21: loss 2, gradient norm {norm:.4g} ({why}); ")
+    assert run.stop == (ANOMALY if action == "stop" else None)
+    assert {
+        "stop": f"stopped before the update (train.on_{kind}=stop); set train.on_{kind}=skip or rollback to go past it",
+        "skip": "skipped the update (1 so far)",
+        "rollback": "rolled back to step 15, its samples are passed over (1 so far)",
+    }[action] in said
+
+
+def test_a_spike_may_be_ignored() -> None:
+    judge, run = policy(on_spike="ignore"), StandIn()
+    for _ in range(20):
+        step(judge, run, 1.0)
+    assert step(judge, run, 50.0) == {"loss": 2.0, "grad_norm": 50.0, "applied": True}
+    assert not run.said and judge.count == 0
+    assert not step(judge, run, NAN)["applied"], "what is not finite is another matter"
+
+
+def test_too_many_anomalies_stop_the_run() -> None:
+    judge, run = policy(limit=2), StandIn()
+    for _ in range(2):
+        step(judge, run, NAN)
+    assert run.stop is None
+    step(judge, run, NAN)
+    assert run.stop == ANOMALY and "stopped before the update (more than train.max_anomalies=2)" in run.said[-1]
+
+
+def test_an_overflow_of_fp16_is_deepspeeds_own_affair() -> None:
+    judge, run = policy(on_nan="stop", scaled=True), StandIn()
+    record = {"loss": 2.0, "grad_norm": math.inf, "applied": False}
+    judge.after_step(run, record)  # type: ignore[arg-type]
+    assert run.stop is None and judge.count == 0 and "anomalies" not in record
+    judge = policy(on_nan="stop")
+    judge.after_step(run, record)  # type: ignore[arg-type]
+    assert run.stop == ANOMALY, "in another precision it is not"
+
+
+def _fp16_run(tree: dict[str, Any]) -> int:
+    sabotage.pretend_fp16()
+    return train_run(tree, NaNAt(2))
+
+
+@pytest.mark.parametrize("parallel", [{"zero": 1}, {"zero": 3}, {"pipeline": 2}])
+def test_a_run_in_fp16_goes_past_an_overflow(settings: Callable[..., dict[str, Any]], parallel: dict[str, Any]) -> None:
+    tree = settings(parallel=parallel)
+    tree["train"]["precision"] = "fp16"
+    assert run_ranks(2, _fp16_run, tree) == [0, 0], "train.on_nan is stop"
+    records = curve(tree)
+    assert [record["applied"] for record in records] == [True, True, False, True, True, True, True, True]
+    assert not any("anomalies" in record for record in records)
+    assert all(math.isfinite(record["loss"]) for record in records[3:])
+
+
+def test_a_resumed_policy_judges_as_the_uninterrupted_one() -> None:
+    first, run = policy(), StandIn()
+    for norm in [1.0] * 19 + [NAN]:
+        step(first, run, norm)
+    second = policy()
+    second.restore(first.state())
+    assert second.state() == first.state() == {"mean": 1.0, "accepted": 19, "count": 1}
+    for judge in (first, second):
+        assert judge.accept(1.0) and not judge.accept(50.0)
+    fresh = policy()
+    assert fresh.accept(1.0) and fresh.accept(50.0), "negative control: it would not without the state"
+
+
+def test_garbage_is_collected_at_its_steps_and_python_gets_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    collected: list[int] = []
+    run = StandIn()
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(run.step))
+    callback = GarbageCollection(every=3)
+    try:
+        callback.on_start(run)  # type: ignore[arg-type]
+        assert not gc.isenabled()
+        for run.step in range(1, 8):
+            callback.after_step(run, {})  # type: ignore[arg-type]
+        assert collected == [0, 3, 6] and not gc.isenabled()
+        callback.on_end(run)  # type: ignore[arg-type]
+        assert gc.isenabled()
+        off = GarbageCollection(every=0)
+        off.on_start(run)  # type: ignore[arg-type]
+        off.after_step(run, {})  # type: ignore[arg-type]
+        assert gc.isenabled() and collected == [0, 3, 6]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(("every", "expected"), [(4, [4, 8, 10]), (0, [10]), (5, [5, 10])])
+def test_evaluation_is_due_at_its_steps_and_at_the_end(every: int, expected: list[int]) -> None:
+    run, evaluated = StandIn(steps=10), []
+    for run.step in range(1, 11):
+        record: dict[str, Any] = {}
+        Evaluation(every).after_step(run, record)  # type: ignore[arg-type]
+        if record:
+            assert record == {"held_out": {"web": 14.0, "books": 16.0}}
+            evaluated.append(run.step)
+    assert evaluated == expected
+    assert len(run.evaluated) == 2 * len(expected)
+    run.held_out = {}
+    record = {}
+    Evaluation(every).after_step(run, record)  # type: ignore[arg-type]
+    assert record == {}, "nothing to evaluate, nothing to say"
+
+
+def test_checkpoints_are_due_at_their_steps_at_the_end_and_on_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, saved = StandIn(steps=10), []
+    monkeypatch.setattr("megalm.training.callbacks.checkpoints.save", lambda run: saved.append(run.step))
+    for run.step in range(1, 11):
+        run.stop = PREEMPTED if run.step == 6 else ANOMALY if run.step == 7 else None
+        Checkpoints(4).after_step(run, {})  # type: ignore[arg-type]
+    assert saved == [4, 6, 8, 10]
+
+
+def test_a_callback_needs_none_of_the_hooks() -> None:
+    bare = Callback()
+    assert bare.state() == {}
+    for hook in (bare.on_start, bare.on_end):
+        hook(StandIn())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        ([], []),
+        (["/data/web/held_out"], ["held_out"]),
+        (["/data/web/held_out", "/data/books/held_out"], ["web/held_out", "books/held_out"]),
+        (["/a/x/held_out", "/b/x/held_out", "/b/y/dev"], ["a/x/held_out", "b/x/held_out", "b/y/dev"]),
+        (["held_out", "runs/held_out"], ["held_out", "runs/held_out"]),
+        (["a", "b"], ["a", "b"]),
+    ],
+)
+def test_corpora_are_named_by_the_shortest_end_that_tells_them_apart(paths: list[str], names: list[str]) -> None:
+    assert _short_names(paths) == names
