@@ -1,8 +1,10 @@
 """Attention backends against a loop over queries in fp64, and the choice between them."""
 
+import dataclasses
 import math
 import sys
 import types
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -159,7 +161,7 @@ def test_segment_bounds() -> None:
 def fake_flash(module: str, unlimited: int | None, returns_pair: bool) -> types.ModuleType:
     """A package with flash-attn's interface (dense and of variable length), over the plain backend."""
     fake = types.ModuleType(module)
-    fake.calls = []
+    fake.calls, fake.deterministic = [], []
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple, alibi_slopes: Tensor | None
@@ -169,8 +171,9 @@ def fake_flash(module: str, unlimited: int | None, returns_pair: bool) -> types.
         window = None if left == unlimited else left + 1
         return attention(q, k, v, Mask("causal" if causal else "full", window=window, slopes=alibi_slopes), "plain")
 
-    def flash_attn_func(q, k, v, causal=False, window_size=(unlimited,) * 2, alibi_slopes=None):
+    def flash_attn_func(q, k, v, causal=False, window_size=(unlimited,) * 2, alibi_slopes=None, deterministic=False):
         fake.calls.append("dense")
+        fake.deterministic.append(deterministic)
         out = attend(q, k, v, causal, window_size, alibi_slopes)
         return (out, None) if returns_pair else out
 
@@ -185,8 +188,10 @@ def fake_flash(module: str, unlimited: int | None, returns_pair: bool) -> types.
         causal=False,
         window_size=(unlimited,) * 2,
         alibi_slopes=None,
+        deterministic=False,
     ):
         fake.calls.append("varlen")
+        fake.deterministic.append(deterministic)
         bounds = cu_seqlens_q.tolist()
         assert bounds == cu_seqlens_k.tolist() and bounds[-1] == len(q) == len(k)
         assert max(b - a for a, b in zip(bounds, bounds[1:], strict=False)) <= max_seqlen_q == max_seqlen_k
@@ -240,11 +245,39 @@ def test_pinned_kernels_refuse_masks_of_tensors(backend: str) -> None:
         attention(*inputs(), Mask(window=2), backend)
 
 
-@pytest.mark.parametrize("keys, allowed", [(128, True), (192, False), (64, False), (256, True)])
-def test_cudnn_gets_no_mask_at_lengths_where_its_gradients_are_nan(
-    keys: int, allowed: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "keys, masked, allowed",
+    [
+        (64, True, {"EFFICIENT_ATTENTION", "MATH"}),
+        (256, True, {"EFFICIENT_ATTENTION", "MATH"}),
+        (1024, True, {"EFFICIENT_ATTENTION", "MATH"}),
+        (1025, True, {"EFFICIENT_ATTENTION"}),
+        (4096, True, {"EFFICIENT_ATTENTION"}),
+        (1024, False, {"EFFICIENT_ATTENTION", "FLASH_ATTENTION", "CUDNN_ATTENTION", "MATH"}),
+        (4096, False, {"EFFICIENT_ATTENTION", "FLASH_ATTENTION", "CUDNN_ATTENTION"}),
+    ],
+)
+def test_gpu_kernels_that_are_safe_and_fit_in_memory(keys: int, masked: bool, allowed: set[str]) -> None:
+    assert {kernel.name for kernel in kernels.gpu_kernels(keys, masked)} == allowed
+
+
+@pytest.fixture
+def switch() -> Iterator[Callable[[bool], None]]:
+    """torch's switch for reproducible kernels, turned off again after the test."""
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("mask", ["causal", "segments"])
+@pytest.mark.parametrize("backend", PACKAGES)
+def test_flash_packages_follow_torchs_switch(
+    backend: str, mask: str, switch: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert (kernels.SDPBackend.CUDNN_ATTENTION in kernels.kernels_for_masks(keys, keys)) == allowed
+    fake = install(monkeypatch, backend)
+    for deterministic in (False, True):
+        switch(deterministic)
+        attention(*inputs(), MASKS[mask], backend)
+    assert fake.deterministic == [False, True]
 
 
 # ---- the choice
@@ -278,6 +311,26 @@ def test_auto_takes_the_fastest_that_is_installed(monkeypatch: pytest.MonkeyPatc
     resolve.cache_clear()
     pretend_gpu(monkeypatch, ("flash2", "flash3"))
     assert resolve("auto", GPU) == "flash3"
+
+
+def test_auto_passes_over_what_cannot_be_reproducible(
+    switch: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As flash-attn 4 on Hopper; the choice is made anew when the switch has moved."""
+    fake = install(monkeypatch, "flash4")
+    right = fake.flash_attn_func
+
+    def only_fast(*tensors: Tensor, deterministic: bool = False, **options: object) -> Tensor:
+        assert not deterministic, "no deterministic gradients on this GPU"
+        return right(*tensors, **options)
+
+    fake.flash_attn_func = only_fast
+    monkeypatch.setitem(BACKENDS, "flash4", dataclasses.replace(BACKENDS["flash4"], devices=("cpu",)))
+    assert resolve("auto", Requirements("cpu", torch.bfloat16)) == "flash4"
+    switch(True)
+    assert resolve("auto", Requirements("cpu", torch.bfloat16)) == "sdpa"
+    with pytest.raises(MegalmError, match="no deterministic gradients on this GPU"):
+        resolve("flash4", Requirements("cpu", torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -341,6 +394,48 @@ def test_self_check_passes_a_right_kernel_and_fails_a_wrong_one(
         planted = kernels.Backend("sdpa", run, devices=("cpu",))
         monkeypatch.setitem(BACKENDS, "sdpa", planted)
         assert words in (kernels._self_check(planted, needs) or "")
+
+
+def scores_in_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Scores rounded before the softmax, as in Hugging Face's eager attention."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).float()
+    visible = mask.visible(q.shape[2], k.shape[2], q.device)
+    return (scores.masked_fill(~visible, -math.inf).softmax(-1).to(q.dtype) @ v).transpose(1, 2)
+
+
+def test_self_check_catches_scores_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = Requirements("cpu", torch.bfloat16, long=False)
+    assert kernels._self_check(BACKENDS["blocks"], needs) is None
+    eager = kernels.Backend("eager", scores_in_bf16, devices=("cpu",))
+    monkeypatch.setitem(BACKENDS, "eager", eager)
+    assert "from the plain backend's" in (kernels._self_check(eager, needs) or "")
+
+
+def test_blocks_are_as_exact_as_sdpa_where_scores_are_large() -> None:
+    """Output and gradients in bf16, queries and keys of deviation 4; scores in bf16 are far worse."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v, seed = (torch.randn(1, 256, 4, 64, generator=draw) * std for std in (4.0, 4.0, 1.0, 1.0))
+    values = [x.bfloat16() for x in (q, k, v)]
+
+    def error(function: Callable[..., Tensor]) -> float:
+        results = []
+        for f, dtype in ((function, torch.bfloat16), (kernels._plain, torch.float64)):
+            leaves = [x.to(dtype, copy=True).requires_grad_() for x in values]
+            out = f(*leaves, Mask())
+            results.append([out.detach().double(), *torch.autograd.grad(out, leaves, seed.to(dtype))])
+        return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
+
+    assert error(kernels._blocks) < min(1.2 * error(kernels._sdpa), 0.01)
+    assert error(scores_in_bf16) > 0.02
+
+
+def test_alibi_without_a_mask_in_bf16() -> None:
+    mask = Mask("full", slopes=MASKS["alibi"].slopes)
+    q, k, v = inputs(dtype=torch.bfloat16)
+    expected = by_loops(q, k, v, mask)
+    for backend in ("plain", "sdpa"):
+        assert (attention(q, k, v, mask, backend).double() - expected).abs().max() < 0.03
 
 
 def test_choice_leaves_the_random_state_alone() -> None:
