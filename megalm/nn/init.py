@@ -45,13 +45,14 @@ def spec_of(parameter: Tensor) -> Spec:
 def draw(name: str, shape: tuple[int, ...], spec: Spec, seed: int) -> Tensor:
     """The full tensor `name` at step 0, fp32 on the CPU."""
     if spec.std is None:
-        return torch.full(shape, spec.value)
+        return torch.full(shape, spec.value, device="cpu")
     rows = spec.drawn_rows or shape[0]
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
     stream = np.random.Generator(np.random.Philox(key=key))
-    values = stream.standard_normal((rows, *shape[1:]), dtype=np.float32)
-    full = torch.zeros(shape)
-    full[:rows] = torch.from_numpy(values) * spec.std
+    full = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    drawn = full[:rows]
+    stream.standard_normal(out=drawn.numpy(), dtype=np.float32)  # in place: tables of large models are many GB
+    drawn.mul_(spec.std)
     return full
 
 

@@ -7,11 +7,20 @@ Shapes: tokens = batch x seq, flattened batch-major; T is the tensor-parallel de
 megatron-core's layers; the model cannot tell them apart.
 """
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from megalm.nn.cross_entropy import cross_entropy, logsumexp
 from megalm.nn.init import Spec, declare
+
+
+def _empty(kind: type[nn.Module], *sizes: int, **options: Any) -> Any:
+    """A module whose parameters initialize() or a checkpoint fills: torch's own draws take half a minute for 8B."""
+    return skip_init(kind, *sizes, **options, device=torch.get_default_device())
 
 
 class Layers:
@@ -30,7 +39,7 @@ class Layers:
 
     def linear(self, in_features: int, out_features: int, *, bias: bool, std: float) -> nn.Module:
         """Projection that every rank holds whole."""
-        layer = nn.Linear(in_features, out_features, bias=bias)
+        layer = _empty(nn.Linear, in_features, out_features, bias=bias)
         declare(layer.weight, Spec(std=std))
         if bias:
             declare(layer.bias, Spec(value=0.0))
@@ -38,7 +47,7 @@ class Layers:
 
     def embedding(self, num_embeddings: int, rows: int, width: int, *, std: float) -> nn.Module:
         """Table of `rows` (padded) rows, of which num_embeddings are drawn: ids [tokens] -> hidden states."""
-        layer = nn.Embedding(rows, width)
+        layer = _empty(nn.Embedding, rows, width)
         declare(layer.weight, Spec(std=std, drawn_rows=num_embeddings))
         return layer
 

@@ -1,9 +1,13 @@
 """No layout changes a weight; every name and seed has its own."""
 
+import hashlib
+import tracemalloc
+
 import torch
 from torch import nn
 
 from megalm.nn.init import Spec, declare, draw, initialize
+from megalm.nn.layers import Layers
 
 
 def module(rows: int, columns: int, spec: Spec) -> nn.Module:
@@ -49,3 +53,35 @@ def test_padding_rows_are_zero_and_do_not_move_the_others() -> None:
     assert torch.equal(short[:10], long[:10])
     assert not short[:10].eq(0).any()
     assert long[10:].eq(0).all()
+
+
+def test_no_version_changes_a_weight() -> None:
+    """Hashes written down once: a run continues under a later version, and seeds keep their meaning."""
+    drawn = draw("blocks.0.x", (5, 7), Spec(std=0.02), 3), draw("table", (6, 8), Spec(std=1.0, drawn_rows=5), 0)
+    hashes = [hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16] for tensor in drawn]
+    assert hashes == ["467be81f550fda97", "3da159365237465f"]
+
+
+def test_drawing_copies_nothing() -> None:
+    tracemalloc.start()  # sees numpy's arrays; the tensor itself is torch's
+    try:
+        draw("x", (1000, 1000), Spec(std=1.0), 0)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_building_draws_nothing_of_torchs_own() -> None:
+    before = torch.get_rng_state()
+    Layers().linear(8, 4, bias=True, std=0.1)
+    Layers().embedding(10, 12, 4, std=0.1)
+    assert torch.equal(torch.get_rng_state(), before)
+    nn.Linear(8, 4)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_building_follows_the_device_in_force() -> None:
+    with torch.device("meta"):
+        assert Layers().linear(8, 4, bias=False, std=0.1).weight.is_meta
+        assert Layers().embedding(10, 12, 4, std=0.1).weight.is_meta
+        assert draw("x", (2,), Spec(std=1.0), 0).device.type == draw("x", (2,), Spec(), 0).device.type == "cpu"
