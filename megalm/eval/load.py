@@ -39,11 +39,12 @@ def load_model(
     checkpoints.refuse_damaged(folder, manifests.faults(folder, manifest, weights.file_names(manifest)))
     config = model_config(folder, manifest)
     loaded = _tokenizer(tokenizer or manifest.config["data"]["tokenizer"], config, manifest, folder)
-    with torch.device(device):
+    with torch.device("meta"):  # nothing is allocated before device and dtype are known
         model = build_model(decoder(config, Layers(), seed=0, segmented=False), seed=None)
     if dtype is None:
         dtype = getattr(torch, next(iter(manifest.parameters.values()))["dtype"])
-    model.to(dtype=dtype)
+    model.to(dtype=dtype).to_empty(device=device)
+    model.tie()
     _fill(model, folder, manifest)
     return model.eval().requires_grad_(False), config, loaded
 

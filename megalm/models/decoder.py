@@ -139,6 +139,14 @@ class LayerList(nn.Module):
         for index, module in enumerate(modules):
             self.add_module(str(index), module)
 
+    def tie(self) -> None:
+        """Let layers share the tables that their specs say, after building or after moving from the meta device."""
+        for spec in self.specs:
+            if spec.tied_to is not None:
+                head, embedding = self.layer(spec.name), self.layer(spec.tied_to)
+                assert isinstance(head, Head) and isinstance(embedding, Embedding)
+                head.tie(embedding)
+
     def forward(self, stream: tuple[Tensor, ...]) -> Tensor:
         """(tokens [batch, seq], segment_ids, positions, sample_ids) -> logits [tokens, padded_vocab / T]."""
         flowing: tuple[Tensor, ...] | Tensor = stream
@@ -158,14 +166,11 @@ class LayerList(nn.Module):
 
 def build_model(specs: Sequence[LayerSpec], seed: int | None, tensor_rank: int = 0, tensor_size: int = 1) -> LayerList:
     """Build every layer, draw its weights (seed None: a checkpoint is about to fill them) and tie what is tied."""
-    built = {}
+    built = []
     for spec in specs:
-        built[spec.name] = spec.build()
+        built.append(spec.build())
         if seed is not None:
-            initialize(built[spec.name], spec.name, seed, tensor_rank, tensor_size)
-    for spec in specs:
-        if spec.tied_to is not None:
-            head, embedding = built[spec.name], built[spec.tied_to]
-            assert isinstance(head, Head) and isinstance(embedding, Embedding)
-            head.tie(embedding)
-    return LayerList(specs, list(built.values()))
+            initialize(built[-1], spec.name, seed, tensor_rank, tensor_size)
+    model = LayerList(specs, built)
+    model.tie()
+    return model

@@ -16,7 +16,7 @@ from megalm.errors import MegalmError
 from megalm.eval.generate import next_logits
 from megalm.eval.load import load_model
 from megalm.models.config import ModelConfig
-from megalm.models.decoder import LayerList
+from megalm.models.decoder import LayerList, build_model
 from megalm.tokenizer.base import Tokenizer
 
 MakeModel = Callable[..., tuple[LayerList, ModelConfig]]
@@ -83,6 +83,31 @@ def test_dtype(
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16} and same(loaded, model)
     wide = load_model(tmp_path / "bf16", dtype=torch.float32)[0]
     assert {p.dtype for p in wide.parameters()} == {torch.float32} and same(wide, model.float())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_nothing_is_allocated_before_the_dtype_is_known(
+    tmp_path: Path,
+    make_model: MakeModel,
+    make_checkpoint: MakeCheckpoint,
+    tokenizer_path: Path,
+    tied: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In fp32 first, a model would need twice the memory of its bf16 weights."""
+    model, config = make_model(tie_word_embeddings=tied)
+    make_checkpoint(tmp_path, model.to(torch.bfloat16), config, tokenizer_path)
+    built = []
+
+    def build(*arguments: Any, **options: Any) -> LayerList:
+        built.append(build_model(*arguments, **options))
+        assert all(parameter.is_meta for parameter in built[0].parameters())
+        return built[0]
+
+    monkeypatch.setattr("megalm.eval.load.build_model", build)
+    loaded, _, _ = load_model(tmp_path)
+    assert built and same(loaded, model)
+    assert (loaded.layer("head").weight is loaded.layer("embedding").table.weight) == tied
 
 
 def test_kernels_of_the_machine_that_trained_are_not_needed(
