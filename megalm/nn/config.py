@@ -1,8 +1,8 @@
 """What a Transformer block is made of. Sizes follow Hugging Face's names where it has one."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megalm.config import Config
 
@@ -26,6 +26,16 @@ class RopeScaling(Config):
     """yarn: rotations over the original length above which a frequency is left alone."""
     beta_slow: PositiveFloat = 1.0
     """yarn: rotations over the original length below which a frequency is fully scaled."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor:g} must be below high_freq_factor {self.high_freq_factor:g}"
+            )
+        if self.kind == "yarn" and self.beta_slow >= self.beta_fast:
+            raise ValueError(f"beta_slow {self.beta_slow:g} must be below beta_fast {self.beta_fast:g}")
+        return self
 
 
 class BlockConfig(Config):

@@ -17,6 +17,7 @@ from megalm.nn.layers import Layers
 
 
 @cache
+@torch.inference_mode(False)  # what evaluation left in the cache must serve training
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
     """Radians per position of every pair of channels: [head_dim / 2], fp32 (Su et al. 2021, section 3.2.2)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
@@ -90,6 +91,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)
 def alibi_slopes(heads: int, device: torch.device) -> Tensor:
     """Slope of every head's linear penalty on distance: [heads], fp32 (Press et al. 2022, section 3).
 

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from megalm.nn.config import BlockConfig, RopeScaling
 from megalm.nn.layers import Layers
-from megalm.nn.position import PositionTable, alibi_slopes, rotary_angles, rotate, sinusoids
+from megalm.nn.position import PositionTable, alibi_slopes, rotary_angles, rotary_frequencies, rotate, sinusoids
 
 CPU = torch.device("cpu")
 
@@ -90,3 +91,32 @@ def test_position_layer_adds_the_row_of_each_position(kind: str) -> None:
     added = {"learned": lambda p: layer.weight[p], "sinusoidal": lambda p: sinusoids(p, 6), "rotary": lambda p: 0.0}
     assert torch.allclose(out - hidden, added[kind](positions.flatten()) + torch.zeros(10, 6), atol=1e-6)
     assert rest[1] is positions
+
+
+def test_caches_filled_in_inference_mode_serve_training() -> None:
+    rotary_frequencies.cache_clear()
+    alibi_slopes.cache_clear()
+    positions = torch.arange(3)[None]
+    with torch.inference_mode():
+        rotary_angles(positions, 8, 77.0, None)
+        alibi_slopes(3, CPU)
+    x = torch.ones(3, requires_grad=True)
+    (x * alibi_slopes(3, CPU)).sum().backward()
+    frequencies = rotary_frequencies(8, 77.0, None, CPU)
+    assert not frequencies.is_inference() and x.grad is not None
+    y = torch.ones(4, requires_grad=True)
+    (y * frequencies).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"kind": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0}, "low_freq_factor 4 must be below"),
+        ({"kind": "llama3", "low_freq_factor": 8.0}, "low_freq_factor 8 must be below high_freq_factor 4"),
+        ({"kind": "yarn", "beta_fast": 1.0, "beta_slow": 32.0}, "beta_slow 32 must be below beta_fast 1"),
+    ],
+)
+def test_scaling_bounds_are_in_order(wrong: dict, words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        RopeScaling(factor=2.0, **wrong)
+    RopeScaling(factor=2.0, **wrong | {"kind": "linear"})
