@@ -10,7 +10,6 @@ from megalm.nn.attention import Attention
 from megalm.nn.config import BlockConfig
 from megalm.nn.dropout import Dropout, token_rows
 from megalm.nn.feedforward import FeedForward
-from megalm.nn.kernels import MaskKind
 from megalm.nn.layers import Layers
 from megalm.nn.norm import hidden_norm
 
@@ -33,12 +32,13 @@ class Block(nn.Module):
         std: float,
         output_std: float,
         seed: int,
-        kind: MaskKind = "causal",
+        kind: Literal["causal", "full"] = "causal",
         segmented: bool = True,
         cross_attention: bool = False,
         recompute: Recompute = "none",
     ) -> None:
         super().__init__()
+        assert kind in ("causal", "full"), "the stream carries no prefix lengths"
         self.layers = layers
         self.row_length = config.max_position_embeddings
         self.recompute = recompute

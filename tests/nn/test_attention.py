@@ -234,3 +234,10 @@ def test_requirements_are_those_of_the_forward_pass(monkeypatch: pytest.MonkeyPa
             layer(Attention, config, segmented=segmented)(*packed())
             expected = requirements(config, device="cpu", dtype=torch.float32, segmented=segmented, sequence_length=16)
             assert asked.pop() == expected
+
+
+def test_a_block_refuses_prefixes_that_its_stream_cannot_carry() -> None:
+    for kind in ("causal", "full"):
+        layer(Block, BlockConfig(**SIZES), kind=kind)
+    with pytest.raises(AssertionError, match="no prefix lengths"):
+        layer(Block, BlockConfig(**SIZES), kind="prefix")
