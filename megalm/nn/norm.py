@@ -1,5 +1,6 @@
 """RMSNorm and LayerNorm: torch's kernels, or NVIDIA apex's fused ones on a GPU."""
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -18,19 +19,78 @@ from megalm.nn.layers import Layers
 KEY = "model.norm_implementation"
 _APEX = "apex.normalization.fused_layer_norm", "fused_layer_norm_cuda"
 
+logger = logging.getLogger(__name__)
+
+
+def resolve_norm(implementation: str, device: str) -> str:
+    """What a run's norms take for `implementation` (auto, torch, apex) on `device` (cpu, cuda): torch or apex.
+
+    Raises MegalmError where apex was named and cannot serve; `auto` logs why it passed it over.
+    """
+    return "torch" if apex_kernels(implementation, device) is None else "apex"
+
 
 @cache
-def apex_kernels(implementation: str, on_gpu: bool) -> ModuleType | None:
-    """apex's module of fused norms if `implementation` (auto, torch, apex) means it there, else None.
-
-    Raises MegalmError where apex was named and cannot serve.
-    """
+def apex_kernels(implementation: str, device: str) -> ModuleType | None:
+    """apex's module of fused norms if resolve_norm() takes it, else None."""
     if implementation == "apex":
         kernels = nvidia_apex.require(KEY, *_APEX)
-        if not on_gpu:
+        if device != "cuda":
             raise MegalmError(f"{KEY} is apex, which needs a GPU: set it to auto or torch")
+        if problem := _self_check(kernels, device):
+            raise MegalmError(f"{KEY} is apex, but {problem}: {nvidia_apex.HOW_TO_INSTALL}, or set {KEY} to auto")
         return kernels
-    return nvidia_apex.find(*_APEX) if implementation == "auto" and on_gpu else None
+    if implementation == "torch" or device != "cuda":
+        return None
+    found = nvidia_apex.find(*_APEX)
+    if found is not None and (problem := _self_check(found, device)):
+        logger.warning("%s: auto passes over apex: %s", KEY, problem)
+        return None
+    return found
+
+
+def _self_check(kernels: ModuleType, device: str) -> str | None:
+    """Compare both norms and their gradients with torch's in fp32 on a few rows; why not to trust them, or None."""
+    draw = torch.Generator().manual_seed(0)
+    eps, width = 1e-3, 64
+
+    def check(dtype: torch.dtype) -> None:
+        x, weight, bias, seed = (
+            torch.randn(shape, generator=draw).to(device, dtype)
+            for shape in ((8, width), (width,), (width,), (8, width))
+        )
+
+        def run(function: Callable[..., Tensor], to: torch.dtype, *leaves: Tensor) -> list[Tensor]:
+            inputs = [leaf.to(to, copy=True).requires_grad_() for leaf in leaves]
+            out = function(*inputs)
+            return [part.detach().float() for part in (out, *torch.autograd.grad(out, inputs, seed.to(to)))]
+
+        pairs = (
+            (
+                run(lambda x, w: kernels.fused_rms_norm_affine(x, w, w.shape, eps), dtype, x, weight),
+                run(lambda x, w: F.rms_norm(x, w.shape, w, eps), torch.float32, x, weight),
+            ),
+            (
+                run(lambda x, w, b: kernels.fused_layer_norm_affine(x, w, b, w.shape, eps), dtype, x, weight, bias),
+                run(lambda x, w, b: F.layer_norm(x, w.shape, w, b, eps), torch.float32, x, weight, bias),
+            ),
+        )
+        for ours, theirs in pairs:
+            for result, reference in zip(ours, theirs, strict=True):
+                distance = ((result - reference).norm() / reference.norm()).item()
+                if not distance < max(1e-5, 2 * torch.finfo(dtype).eps):
+                    raise ArithmeticError(f"a result is {distance:.1e} from torch's, relatively, in {dtype}")
+
+    try:
+        # the caller may be evaluating, or recomputing, and must not see the tensors of this check
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+        with torch.inference_mode(False), torch.enable_grad(), hooks:
+            check(torch.float32)
+            check(torch.bfloat16)
+    except Exception as error:  # a kernel built for another GPU fails in any way it likes
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"its norms fail their self-check ({reason})"
+    return None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -69,7 +129,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.shared(self.weight)
-        apex = apex_kernels(self.implementation, x.is_cuda)
+        apex = apex_kernels(self.implementation, x.device.type)
         if apex is not None:
             return apex.fused_rms_norm_affine(x, weight, weight.shape, self.eps)
         if x.is_cuda:
@@ -92,7 +152,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.shared(self.weight), self.shared(self.bias)
-        apex = apex_kernels(self.implementation, x.is_cuda)
+        apex = apex_kernels(self.implementation, x.device.type)
         if apex is not None:
             return apex.fused_layer_norm_affine(x, weight, bias, weight.shape, self.eps)
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
