@@ -7,9 +7,11 @@ FOLDER/shard-000000.npy      int64 [2, documents + 1]: row 0 the token number at
 """
 
 import bisect
+import errno
 import hashlib
 import itertools
 import json
+import resource
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,6 @@ from megalm.tokenizer.base import Tokenizer
 INDEX_FILE = "index.json"
 FORMAT = "megalm-shards"
 VERSION = 1
-OPEN_SHARDS = 256
-"""Shards mapped at once: each takes two file descriptors, of which many systems grant 1,024."""
 TOKEN_STARTS, BYTE_OFFSETS = 0, 1
 FEW_DOCUMENTS = 64
 """Up to this many documents are copied one by one; gathering token by token is faster above."""
@@ -35,19 +35,66 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+Mapped = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Of a shard: token starts [documents + 1], byte offsets [documents + 1], and the whole .tar seen as ids."""
+
+
+class OpenShards:
+    """The shards that are mapped now, of any number of readers; what was read longest ago is closed first."""
+
+    DESCRIPTORS = 2
+    """A mapping holds a file descriptor of its own until it goes: one for the .tar, one for the .npy."""
+    MOST = 4096
+    """Where the system sets no limit on descriptors, it still limits mappings (65,530 by default)."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        """limit: shards at once; by default those that take a quarter of the file descriptors this process may have,
+        128 where it may have 1,024."""
+        if limit is None:
+            soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            limit = self.MOST if soft == resource.RLIM_INFINITY else min(soft // (4 * self.DESCRIPTORS), self.MOST)
+        self.limit = max(1, limit)
+        self._mapped: OrderedDict[tuple[Path, np.dtype], Mapped] = OrderedDict()
+
+    def __call__(self, path: Path, dtype: np.dtype) -> Mapped:
+        """The shard whose .tar is at `path`. Raises MegalmError when it cannot be read."""
+        key = (path, dtype)
+        if key in self._mapped:
+            self._mapped.move_to_end(key)
+            return self._mapped[key]
+        while len(self._mapped) >= self.limit:
+            self._mapped.popitem(last=False)
+        try:
+            table = np.asarray(np.load(path.with_suffix(".npy"), mmap_mode="r"))
+            mapped = table[TOKEN_STARTS], table[BYTE_OFFSETS], np.asarray(np.memmap(path, dtype, mode="r"))
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise MegalmError(f"cannot open {path}: too many files are open, raise the limit (ulimit -n)") from None
+            raise MegalmError(f"cannot read the shard {path} ({error}): was it changed while in use?") from error
+        self._mapped[key] = mapped
+        return mapped
+
+
 class ShardReader:
     """The documents of a shard folder as one stream of token ids, in the order they were written.
 
     Opening costs one small file however large the corpus is; shards are mapped into memory when they are first read.
     """
 
-    def __init__(self, folder: str | Path, tokenizer: Tokenizer | None = None, verify_checksums: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        tokenizer: Tokenizer | None = None,
+        verify_checksums: bool = False,
+        open_shards: OpenShards | None = None,
+    ) -> None:
         """Check the folder and open it.
 
         Args:
             folder: what tools/write_shards.py wrote (its `train` or `held_out`).
             tokenizer: refused unless it is the one the shards were written with; None skips the check.
             verify_checksums: read every byte once and compare; otherwise sizes alone are compared.
+            open_shards: shared by readers that are read in turn, so that together they keep within its limit.
 
         Raises:
             MegalmError: the folder is missing, not ours, truncated, damaged, empty, or of another tokenizer.
@@ -70,11 +117,11 @@ class ShardReader:
         if self.tokens_total < 2:
             raise MegalmError(f"{self.folder} holds no text to train on ({self.tokens_total} tokens): write more")
         self.fingerprint: str = index["fingerprint"]
-        """Hash of all tokens and their order."""
+        """Hash of all documents, as tokens, and their order; the same however large the shards are."""
         self.dtype = np.dtype(index["dtype"])
         self._token_starts = [0, *itertools.accumulate(shard["tokens"] for shard in index["shards"])]
         self._document_starts = [0, *itertools.accumulate(shard["documents"] for shard in index["shards"])]
-        self._open: OrderedDict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = OrderedDict()
+        self._open_shards = open_shards or OpenShards()
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Ids start..stop of the stream, int64 [stop - start]."""
@@ -108,24 +155,11 @@ class ShardReader:
         )
         return self.tokens(int(start), int(stop))
 
-    def _shard(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token starts [documents + 1], byte offsets [documents + 1], and the whole .tar seen as ids."""
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        path = self.folder / self.index["shards"][number]["name"]
-        try:
-            table = np.asarray(np.load(path.with_suffix(".npy"), mmap_mode="r"))
-            opened = table[TOKEN_STARTS], table[BYTE_OFFSETS], np.asarray(np.memmap(path, self.dtype, mode="r"))
-        except (OSError, ValueError) as error:
-            raise MegalmError(f"cannot read the shard {path} ({error}): was it changed while in use?") from error
-        self._open[number] = opened
-        if len(self._open) > OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return opened
+    def _shard(self, number: int) -> Mapped:
+        return self._open_shards(self.folder / self.index["shards"][number]["name"], self.dtype)
 
 
-def _copy_documents(ids: np.ndarray, shard: tuple[np.ndarray, np.ndarray, np.ndarray], start: int) -> list[int]:
+def _copy_documents(ids: np.ndarray, shard: Mapped, start: int) -> list[int]:
     """Fill ids [length] from documents that lie apart in the .tar, from token `start` of the shard on.
 
     Returns the tokens of the shard, within the range, at which a document begins.

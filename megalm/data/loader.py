@@ -15,7 +15,7 @@ import numpy as np
 
 from megalm.data.batch import Batch
 from megalm.data.config import DataConfig, SourceConfig
-from megalm.data.index import ShardReader
+from megalm.data.index import OpenShards, ShardReader
 from megalm.data.mixture import Blended, Mixture
 from megalm.data.packing import Packer, window_count
 from megalm.errors import MegalmError
@@ -72,7 +72,10 @@ class Loader:
                 f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
                 f"{size} data-parallel ranks: the nearest that is, is {nearest}"
             )
-        readers = [ShardReader(source.path, tokenizer, config.verify_checksums) for source in config.sources]
+        open_shards = OpenShards()
+        readers = [
+            ShardReader(source.path, tokenizer, config.verify_checksums, open_shards) for source in config.sources
+        ]
         corpora = [
             Blended(reader.fingerprint, window_count(reader.tokens_total, sequence_length), source.weight)
             for reader, source in zip(readers, config.sources, strict=True)
