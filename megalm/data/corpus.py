@@ -1,4 +1,5 @@
-"""Corpora: documents gathered from files and folders, written as one JSONL file of {"text", "source"}.
+"""Corpora: documents gathered from files and folders, written as one JSONL file of {"text", "source"} and, where
+documents belong together, {"group"}.
 
 `.jsonl`, `.jsonl.gz` and `.jsonl.zst` are read and written. The order of documents is the order of the inputs, and
 within a folder the order of sorted paths, so the same inputs give the same file byte for byte.
@@ -10,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,6 +39,8 @@ class Document:
 
     text: str
     source: str
+    group: str | None = None
+    """Documents of one group are held out together (megalm/data/shards.py); None: this one stands alone."""
 
 
 @dataclass
@@ -62,27 +66,54 @@ def gather(
 ) -> Iterator[Document]:
     """Documents of files and folders; what cannot be read as text is counted in tally.skipped.
 
-    A file named directly is read whatever its extension. Raises MegalmError when an input is missing, or a compressed
-    file is cut short.
+    Links to folders are followed, each folder once. A file named directly is read whatever its extension. A text file
+    is held in memory whole, at several times its size; a JSONL file is read line by line.
+
+    Raises MegalmError when an input is missing or cannot be opened, or a compressed file is cut short.
     """
     wanted = {extension if extension.startswith(".") else f".{extension}" for extension in extensions} | {".jsonl"}
     for given in map(Path, inputs):
         if not given.exists():
             raise MegalmError(f"there is no file or folder {given}: correct the path")
-        for path in _files(given) if given.is_dir() else [given]:
+        for path in _files(given, tally) if given.is_dir() else [given]:
             kind = _content_suffix(path)
             if given.is_dir() and kind not in wanted:
                 tally.skipped["of another extension"] += 1
+            elif given.is_dir() and not _opens(path):
+                tally.skipped["unreadable files"] += 1
             elif kind == ".jsonl":
                 yield from JsonlReader([path], tally, text_field)
             else:
                 yield from _text_file(path, str(path), tally, max_characters)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
+def _files(folder: Path, tally: Tally) -> Iterator[Path]:
+    def on_error(error: OSError) -> None:
+        if error.filename == str(folder):
+            raise MegalmError(f"cannot read the folder {folder}: {error.strerror}") from error
+        tally.skipped["unreadable folders"] += 1
+
+    visited: set[tuple[int, int]] = set()
+    for parent, folders, files in os.walk(folder, onerror=on_error, followlinks=True):
+        place = os.stat(parent)
+        if (place.st_dev, place.st_ino) in visited:
+            tally.skipped["links to folders already read"] += 1
+            folders.clear()
+            continue
+        visited.add((place.st_dev, place.st_ino))
         folders.sort()
         yield from (Path(parent, name) for name in sorted(files))
+
+
+def _opens(path: Path) -> bool:
+    """Whether it is a regular file (a named pipe would block) that may be read."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
+        path.open("rb").close()
+    except OSError:
+        return False
+    return True
 
 
 def _content_suffix(path: Path) -> str:
@@ -159,7 +190,7 @@ class JsonlReader:
             return None
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter: a thousand brackets in each other
             self._tally.skipped["not JSON"] += 1
             return None
         text = record.get(self._text_field) if isinstance(record, dict) else None
@@ -174,8 +205,8 @@ class JsonlReader:
         except UnicodeEncodeError:
             self._tally.skipped["not Unicode (lone surrogates)"] += 1
             return None
-        source = record.get("source")
-        return Document(text, source if isinstance(source, str) else path)
+        source, group = record.get("source"), record.get("group")
+        return Document(text, source if isinstance(source, str) else path, group if isinstance(group, str) else None)
 
 
 def _open_raw(path: Path) -> BinaryIO:
@@ -243,7 +274,9 @@ def write_corpus(
 ) -> None:
     """Write documents to a .jsonl, .jsonl.gz or .jsonl.zst file, without exact repetitions of earlier ones.
 
-    The file appears under its name when it is whole. `report` is called after every document.
+    The file appears under its name when it is whole. `report` is called after every document. What was written is
+    remembered as hashes in the memory of this one process: about 124 MB per million documents.
+
     Raises MegalmError when nothing is left to write, or the file cannot be written.
     """
     output = Path(output)
@@ -261,6 +294,8 @@ def write_corpus(
                     continue
                 seen.add(digest)
                 record = {"text": document.text, "source": document.source}
+                if document.group is not None:
+                    record["group"] = document.group
                 stream.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                 tally.documents += 1
                 tally.characters += len(document.text)

@@ -27,8 +27,9 @@ def gather_python(tally: Tally, parts: Sequence[str] = DEFAULT_PARTS) -> Iterato
     """Documents of the running Python installation, in a fixed order.
 
     A reference page is one document per module: its docstring, then the name, signature and docstring of every public
-    class and function, as prose without code. Test suites are left out. No package is imported except the standard
-    library's modules written in C, which have no source to read.
+    class and function, as prose without code. The page, the source and the parts they are cut into form a group, since
+    their docstrings are the same. Test suites are left out. No package is imported except the standard library's
+    modules written in C, which have no source to read.
     """
     for part in parts:
         if part not in PARTS:
@@ -47,8 +48,9 @@ def gather_python(tally: Tally, parts: Sequence[str] = DEFAULT_PARTS) -> Iterato
         for path in _python_files(library):
             text = _source(path, tally)
             if text is not None:
+                group = _group("python", _module_name(path, library))
                 for piece in split_text(text, MAX_CHARACTERS):
-                    yield Document(piece, f"python/{path.relative_to(library)}")
+                    yield Document(piece, f"python/{path.relative_to(library)}", group)
 
 
 def _topics(tally: Tally) -> Iterator[Document]:
@@ -68,9 +70,24 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 
 def _left_out(name: str) -> bool:
-    return name in ("__pycache__", "site-packages", "dist-packages", "tests", "test", "idle_test", "testing") or (
-        name.startswith("test_")
+    """pydoc_data is the topics once more."""
+    return name.startswith("test_") or name in (
+        *("__pycache__", "site-packages", "dist-packages", "pydoc_data"),
+        *("tests", "test", "idle_test", "testing"),
     )
+
+
+def _module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _group(prefix: str, module: str) -> str:
+    """One for a module and its twin in the other language (_pydecimal and decimal document the same), and one for the
+    tables of character sets, which differ in a few lines."""
+    if module.startswith("encodings."):
+        module = "encodings"
+    return f"{prefix}/{module.removeprefix('_py').lstrip('_')}"
 
 
 def _source(path: Path, tally: Tally) -> str | None:
@@ -91,8 +108,7 @@ def _pages(root: Path, prefix: str, tally: Tally) -> Iterator[Document]:
         text = _source(path, tally)
         if text is None:
             continue
-        parts = path.relative_to(root).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        name = _module_name(path, root)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # invalid escapes in other people's strings
@@ -167,4 +183,4 @@ def _page(name: str, entries: list[tuple[str, str]], prefix: str, tally: Tally) 
         tally.skipped["not Unicode (lone surrogates)"] += 1
         return
     for piece in split_text(text + "\n", MAX_CHARACTERS):
-        yield Document(piece, f"{prefix}/reference/{name}")
+        yield Document(piece, f"{prefix}/reference/{name}", _group(prefix, name))

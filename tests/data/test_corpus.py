@@ -1,13 +1,16 @@
 """Corpora: what is in the files is in the corpus, and what is left out is counted."""
 
+import errno
 import gzip
 import json
+import os
 import pydoc
 import re
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 import zstandard
@@ -90,6 +93,60 @@ def test_written_twice_is_the_same_and_reads_back(tree: Path, tmp_path: Path, su
     assert documents == list(JsonlReader([second], again))
     assert [document.text for document in documents][:2] == ["with a mark", "gzip текст"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([first.name, second.name, "tree"])
+
+
+def test_folders_hold_what_no_file_named_directly_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, elsewhere = tmp_path / "tree", tmp_path / "elsewhere"
+    for folder in (tree / "locked", elsewhere):
+        folder.mkdir(parents=True)
+    (elsewhere / "linked.txt").write_text("in a folder that is a link")
+    (tree / "folder").symlink_to(elsewhere)
+    (tree / "folder_again").symlink_to(elsewhere)
+    (elsewhere / "circle").symlink_to(tree)
+    (tree / "broken.txt").symlink_to(tree / "nothing")
+    (tree / "self.txt").symlink_to(tree / "self.txt")
+    (tree / "file.txt").symlink_to(elsewhere / "linked.txt")
+    os.mkfifo(tree / "pipe.txt")
+    (tree / "secret.txt").write_text("no one may read this")
+    (tree / "z.txt").write_text("after all of them")
+    path_open, scandir = Path.open, os.scandir
+
+    def allowed(path: Any) -> Any:  # chmod does not stop root
+        if str(path).endswith(("secret.txt", "locked")):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return path
+
+    monkeypatch.setattr(Path, "open", lambda path, *given: path_open(allowed(path), *given))
+    monkeypatch.setattr(os, "scandir", lambda path: scandir(allowed(path)))
+    tally = Tally()
+    assert [(d.text, d.source) for d in gather([tree], tally)] == [
+        ("in a folder that is a link", str(tree / "file.txt")),
+        ("after all of them", str(tree / "z.txt")),
+        ("in a folder that is a link", str(tree / "folder" / "linked.txt")),
+    ]
+    assert tally.skipped == {"links to folders already read": 2, "unreadable folders": 1, "unreadable files": 4}
+    for named, message in (("secret.txt", "cannot read"), ("locked", "cannot read the folder"), ("broken.txt", "no f")):
+        with pytest.raises(MegalmError, match=message):
+            list(gather([tree / named], Tally()))
+
+
+def test_deeply_nested_lines_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "deep.jsonl"
+    path.write_text("[" * 100_000 + "]" * 100_000 + '\n{"text": "after it"}\n')
+    tally = Tally()
+    assert [document.text for document in gather([path], tally)] == ["after it"]
+    assert tally.skipped == {"not JSON": 1}
+
+
+def test_groups_are_written_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    documents = [Document("a", "s", "together"), Document("b", "s", "together"), Document("c", "s")]
+    write_corpus(documents, path, Tally())
+    assert list(JsonlReader([path], Tally())) == documents
+    assert [sorted(json.loads(line)) for line in path.read_text().splitlines()][1:] == [
+        ["group", "source", "text"],
+        ["source", "text"],
+    ]
 
 
 def test_options(tree: Path) -> None:
@@ -175,6 +232,37 @@ def test_python_topics_and_reference_pages() -> None:
     assert sum(map(len, documents.values())) > 1_500_000
     again = {document.source: document.text for document in gather_python(Tally(), ["topics", "docstrings"])}
     assert again == documents
+
+
+def test_documents_of_one_python_module_are_one_group() -> None:
+    """The docstrings of a module stand in its reference page and in its source."""
+    documents = list(gather_python(Tally()))
+    assert all(document.group for document in documents if "/topics/" not in document.source)
+    groups: dict[str, set[str]] = {}
+    for document in documents:
+        groups.setdefault(document.group or document.source, set()).add(document.source)
+    assert groups["python/textwrap"] == {"python/textwrap.py", "python/reference/textwrap"}
+    assert groups["python/email"] == {"python/email/__init__.py", "python/reference/email"}
+    assert groups["python/decimal"] >= {"python/decimal.py", "python/_pydecimal.py", "python/reference/_pydecimal"}
+    assert len(groups) > 300
+
+    def share_found_elsewhere(group: Callable[[Document], str]) -> float:
+        """Lines of reference pages that another group holds too."""
+        holders: dict[str, set[str]] = {}
+        for document in documents:
+            for line in document.text.split("\n"):
+                holders.setdefault(line.strip(), set()).add(group(document))
+        lines = [
+            line.strip()
+            for document in documents
+            if "python/reference/" in document.source
+            for line in document.text.split("\n")
+            if len(line) > 40
+        ]
+        return sum(len(holders[line]) > 1 for line in lines) / len(lines)
+
+    assert share_found_elsewhere(lambda document: document.source) > 0.6
+    assert share_found_elsewhere(lambda document: document.group or document.source) < 0.15
 
 
 def test_python_sources_are_the_files() -> None:
