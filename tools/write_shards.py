@@ -11,6 +11,11 @@ from megalm.data.shards import Progress, write
 from megalm.errors import main_guard
 
 
+def _cores() -> int:
+    """Those this process may use, which a job's share of a node or a container makes fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", nargs="+", required=True, metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.zst")
@@ -20,7 +25,7 @@ def main() -> None:
         "--held-out", type=float, default=0.01, metavar="SHARE", help="share of documents (default: %(default)s)"
     )
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one per core)"
+        "--workers", type=int, default=_cores(), metavar="N", help="processes (default: %(default)s, one per core)"
     )
     parser.add_argument("--shard-megabytes", type=int, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="key of the text in JSONL (default: text)")

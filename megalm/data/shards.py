@@ -6,7 +6,8 @@ type, for example `000000000042.uint16`. The folder's layout is in megalm/data/i
 
 Documents keep the order of the corpus: the loader permutes samples over the whole corpus anyway, and a shuffle here
 would need the corpus in memory. Whether a document is held out depends on its text alone, so that it stays held out
-when the corpus grows, is reordered or holds it twice.
+when the corpus grows, is reordered or holds it twice; or on its `group` alone where the corpus gives it one, so that
+documents that repeat each other (the parts of a book, two renderings of a page) are held out together or not at all.
 """
 
 import fcntl
@@ -82,8 +83,8 @@ def write(
     when it is whole and on the disk, so a killed writer leaves nothing that loads.
 
     Args:
-        held_out_fraction: share of documents, by a hash of their text, that go to OUTPUT/held_out; at least one does
-            unless it is 0, when there is no such folder.
+        held_out_fraction: share of documents, by a hash of their `group` (of their text where they have none), that go
+            to OUTPUT/held_out; at least one does unless it is 0, when there is no such folder.
         shard_bytes: a shard is closed when it has reached this size.
         workers: processes that tokenise; 1 tokenises in this one.
         overwrite: replace an existing OUTPUT, if it holds shards; refused otherwise.
@@ -133,9 +134,10 @@ def write(
     )
 
 
-def held_out_hash(text: str) -> int:
-    """64-bit number that decides whether a document is held out."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"megalm-heldout").digest(), "big")
+def held_out_hash(document: Document) -> int:
+    """64-bit number that decides whether a document is held out: the same for all documents of a group."""
+    decisive = (document.group or document.text).encode()
+    return int.from_bytes(hashlib.blake2b(decisive, digest_size=8, person=b"megalm-heldout").digest(), "big")
 
 
 def _write_parts(
@@ -183,6 +185,7 @@ class ShardWriter:
         self._stream: BinaryIO | None = None
         self._table: list[tuple[int, int]] = []
         self._shard_tokens = 0
+        self._content = hashlib.sha256(tokenizer.fingerprint.encode())
         folder.mkdir(parents=True)
 
     def add(self, content: bytes) -> None:
@@ -194,6 +197,7 @@ class ShardWriter:
         self._stream.write(header.tobuf(tarfile.USTAR_FORMAT))
         self._table.append((self._shard_tokens, self._stream.tell()))
         self._stream.write(content + bytes(-len(content) % BLOCK))
+        self._content.update(len(content).to_bytes(8, "little") + content)
         tokens = len(content) // self._dtype.itemsize
         self._shard_tokens += tokens
         self.documents += 1
@@ -245,11 +249,10 @@ class ShardWriter:
             "bos_id": _begin(tokenizer),
             "eos_id": tokenizer.eos_id,
         }
-        identity = [tokenizer.fingerprint, [shard["sha256"] for shard in self._shards]]
         content: dict[str, Any] = {
             "format": index.FORMAT,
             "version": index.VERSION,
-            "fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+            "fingerprint": self._content.hexdigest(),
             "tokenizer": described,
             "dtype": self._dtype.str,
             "documents": self.documents,
@@ -325,15 +328,15 @@ def _tokenise(
 ) -> Iterator[tuple[list[int], list[bytes]]]:
     """Batches of (held-out hashes, ids as bytes), in the order of the documents."""
     if workers == 1:
-        for texts in _batches(documents):
-            yield encode_documents(tokenizer, texts)
+        for batch in _batches(documents):
+            yield encode_documents(tokenizer, batch)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _Worker.start, (str(tokenizer_path),)) as pool:
         pending: deque[Future[tuple[list[int], list[bytes]]]] = deque()
         try:
-            for texts in _batches(documents):
-                pending.append(pool.submit(_Worker.encode, texts))
+            for batch in _batches(documents):
+                pending.append(pool.submit(_Worker.encode, batch))
                 if len(pending) > 3 * workers:
                     yield pending.popleft().result()
             while pending:
@@ -342,27 +345,27 @@ def _tokenise(
             pool.shutdown(cancel_futures=True)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
-    texts: list[str] = []
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     characters = 0
     for document in documents:
-        texts.append(document.text)
+        batch.append(document)
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
-            yield texts
-            texts, characters = [], 0
-    if texts:
-        yield texts
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[int], list[bytes]]:
+def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> tuple[list[int], list[bytes]]:
     """Held-out hash and ids, as the bytes of a member, of each document."""
     dtype = _dtype(tokenizer)
     begin = _begin(tokenizer)
     before = [] if begin is None else [begin]
-    rows = tokenizer.encode_batch(texts)
+    rows = tokenizer.encode_batch([document.text for document in documents])
     content = [np.array([*before, *row, tokenizer.eos_id], dtype).tobytes() for row in rows]
-    return [held_out_hash(text) for text in texts], content
+    return [held_out_hash(document) for document in documents], content
 
 
 class _Worker:
@@ -377,8 +380,8 @@ class _Worker:
         _Worker.tokenizer = load(tokenizer_path)
 
     @staticmethod
-    def encode(texts: list[str]) -> tuple[list[int], list[bytes]]:
-        return encode_documents(_Worker.tokenizer, texts)
+    def encode(documents: list[Document]) -> tuple[list[int], list[bytes]]:
+        return encode_documents(_Worker.tokenizer, documents)
 
 
 def _exit_with_parent() -> None:

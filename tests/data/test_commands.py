@@ -57,6 +57,17 @@ def test_from_documents_to_shards(work: Path) -> None:
     assert "Only here: <|im_end|>\n" in texts
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity of processes")
+def test_one_worker_per_core_that_the_process_may_use() -> None:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})  # the command inherits it
+    try:
+        said = succeed("write_shards", "--help")
+    finally:
+        os.sched_setaffinity(0, before)
+    assert "(default: 1, one per core)" in " ".join(said.split())
+
+
 @pytest.mark.parametrize(
     ("tool", "arguments", "message"),
     [

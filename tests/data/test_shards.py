@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import models, pre_tokenizers
 
 from megalm.data import shards
-from megalm.data.index import ShardReader
+from megalm.data.corpus import Document, Tally, write_corpus
+from megalm.data.index import OpenShards, ShardReader
 from megalm.errors import MegalmError
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load
@@ -304,13 +306,93 @@ def test_another_tokenizer_is_refused(folder: Path, tokenizer: Tokenizer, texts:
         ShardReader(folder, train(lambda: texts, 1000))
 
 
-def test_few_files_stay_open(
-    corpus: Path, tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: list[list[int]]
-) -> None:
-    monkeypatch.setattr("megalm.data.index.OPEN_SHARDS", 2)
+def test_few_files_stay_open(corpus: Path, tokenizer_path: Path, tmp_path: Path, stream: list[list[int]]) -> None:
     shards.write([corpus], tokenizer_path, tmp_path / "out", shard_bytes=10_000)
-    reader = ShardReader(tmp_path / "out" / "train")
-    assert len(reader.index["shards"]) > 20
+    open_shards = OpenShards(2)
+    readers = [ShardReader(tmp_path / "out" / "train", open_shards=open_shards) for _ in range(2)]
+    assert len(readers[0].index["shards"]) > 20
     before = len(os.listdir("/proc/self/fd"))
-    assert reader.tokens(0, reader.tokens_total).tolist() == [i for ids in stream for i in ids]
+    for reader in readers:
+        assert reader.tokens(0, reader.tokens_total).tolist() == [i for ids in stream for i in ids]
     assert len(os.listdir("/proc/self/fd")) <= before + 4
+
+
+READ_UNDER_A_LIMIT = """
+import resource, sys
+from megalm.data.config import DataConfig, SourceConfig
+from megalm.data.index import OpenShards
+from megalm.data.loader import Loader
+from megalm.errors import MegalmError
+from megalm.tokenizer.load import load
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+config = DataConfig(sources=[SourceConfig(path=path) for path in sys.argv[2:]], tokenizer=sys.argv[1])
+sizes = dict(rank=0, size=1, global_batch_size=4, micro_batch_size=4, sequence_length=16, seed=0)
+with Loader(config, load(sys.argv[1]), **sizes) as loader:
+    for _ in range(1000):
+        next(loader)
+open_shards = OpenShards(1000)
+try:
+    for source in config.sources:
+        for path in sorted(__import__("pathlib").Path(source.path).glob("*.tar")):
+            open_shards(path, "<u2")
+except MegalmError as error:
+    print(error)
+"""
+
+
+def test_all_sources_together_keep_within_the_limit_on_files(
+    corpus: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
+    for name in ("first", "second"):
+        shards.write([corpus], tokenizer_path, tmp_path / name, shard_bytes=10_000)
+    folders = [tmp_path / name / "train" for name in ("first", "second")]
+    assert all(len(list(folder.glob("*.tar"))) > 20 for folder in folders)
+    done = subprocess.run(
+        [sys.executable, "-c", READ_UNDER_A_LIMIT, str(tokenizer_path), *map(str, folders)],
+        capture_output=True, text=True, timeout=120, cwd=Path(__file__).resolve().parents[2],
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    # Negative control: this many shards at once are more than the limit, and the message says so.
+    assert "too many files are open, raise the limit (ulimit -n)" in done.stdout
+
+
+def test_fingerprint_is_of_the_documents_and_not_of_their_shards(
+    corpus: Path, tokenizer_path: Path, tmp_path: Path, folder: Path
+) -> None:
+    shards.write([corpus], tokenizer_path, tmp_path / "small", shard_bytes=10_000)
+    assert ShardReader(tmp_path / "small" / "train").fingerprint == ShardReader(folder).fingerprint
+    lines = corpus.read_text().splitlines(keepends=True)
+    for number, changed in enumerate((lines[::-1], lines[:-1])):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(changed))
+        shards.write([path], tokenizer_path, tmp_path / str(number))
+        assert ShardReader(tmp_path / str(number) / "train").fingerprint != ShardReader(folder).fingerprint
+
+
+def test_fingerprint_knows_where_documents_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    fingerprints = set()
+    for name, contents in (("one", [b"abcd"]), ("two", [b"ab", b"cd"]), ("again", [b"abcd"])):
+        writer = shards.ShardWriter(tmp_path / name, tokenizer, 1000)
+        for content in contents:
+            writer.add(content)
+        writer.finish(Counter())
+        fingerprints.add(ShardReader(tmp_path / name).fingerprint)
+    assert len(fingerprints) == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_documents_of_a_group_are_held_out_together(tokenizer_path: Path, tmp_path: Path, workers: int) -> None:
+    path = tmp_path / "corpus.jsonl"
+    documents = [Document(f"document {i} of group {i % 40}", "", f"group {i % 40}") for i in range(400)]
+    write_corpus(documents, path, Tally())
+    shards.write([path], tokenizer_path, tmp_path / "out", held_out_fraction=0.2, workers=workers)
+    tokenizer = load(tokenizer_path)
+    groups = {}
+    for part in ("train", "held_out"):
+        reader = ShardReader(tmp_path / "out" / part)
+        texts = [tokenizer.decode(reader.document(i)) for i in range(reader.documents)]
+        groups[part] = {text.split(" of ")[1].removesuffix("<|endoftext|>") for text in texts}
+    assert groups["train"] | groups["held_out"] == {document.group for document in documents}
+    assert not groups["train"] & groups["held_out"]
+    assert 1 <= len(groups["held_out"]) <= 20
