@@ -14,6 +14,7 @@ from megalm.nn.init import spec_of
 from megalm.nn.kernels import resolve
 from megalm.nn.layers import Layers
 from megalm.nn.loss import token_loss
+from megalm.nn.norm import resolve_norm
 from megalm.optim.adamw import build_optimizer, resolve_implementation
 from megalm.optim.parameters import parameter_groups
 from megalm.parallel import deepspeed_config, engine, groups
@@ -203,6 +204,7 @@ def _facts(planned: Plan, device: torch.device, num_parameters: int) -> dict[str
         ),
         "device": f"{where}, {config.train.precision}, ZeRO {config.parallel.zero}",
         "attention": resolve(config.model.attention_backend, needs),
+        "norm": f"{config.model.norm}, {resolve_norm(config.model.norm_implementation, device.type)}",
         "optimizer": "AdamW, "
         + resolve_implementation(optimizer.implementation, device.type, config.parallel.offload_optimizer),
     }
