@@ -58,7 +58,7 @@ class BlockConfig(Config):
     norm_eps: PositiveFloat = 1e-5
     """Added to the variance."""
     norm_implementation: Literal["auto", "torch", "apex"] = "auto"
-    """`auto` takes NVIDIA apex's fused kernels on a GPU where they import, torch otherwise."""
+    """`auto` takes NVIDIA apex's fused kernels on a GPU where they pass their self-check, torch otherwise."""
     position: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = "rotary"
     """How positions enter."""
     max_position_embeddings: PositiveInt = 2048
