@@ -26,7 +26,7 @@ def train(
     special_tokens: Sequence[str] = CHAT_TOKENS,
     sample_bytes: int = 100_000_000,
 ) -> SentencePieceTokenizer:
-    """Train on about sample_bytes of the documents of a corpus.
+    """Train on about sample_bytes of the text of a corpus.
 
     There is no begin-of-document token: a token that training data never holds would be noise wherever it is used.
     `<|endoftext|>` ends a document and so stands before the next one. Special tokens are control symbols, which no
@@ -35,8 +35,9 @@ def train(
     Args:
         read_texts: called twice (to measure and to sample), returns the documents in a fixed order.
         vocab_size: ids in all, with 3 + len(special_tokens) control tokens and 256 byte pieces.
-        sample_bytes: bounds memory, about 10 (BPE) to 30 (unigram) times as much. Documents are drawn by a hash of
-            their content, so the same corpus gives the same tokenizer.
+        sample_bytes: bounds memory, about 10 (BPE) to 30 (unigram) times as much. Chunks of up to CHUNK_BYTES
+            are drawn by a hash of their content and their place in the document, so the same corpus gives the same
+            tokenizer, and a document longer than the sample is drawn in part.
 
     Raises:
         MegalmError: the corpus is empty, or too small or too varied for vocab_size (with the nearest that works).
@@ -81,20 +82,24 @@ def train(
 
 
 def _chunks(texts: Iterable[str], share: float) -> Iterator[str]:
-    """Chunks of at most CHUNK_BYTES characters, cut at line ends where possible, of a share of the documents."""
+    """Chunks of at most CHUNK_BYTES characters, cut at line ends where possible: the share of them that is drawn."""
     for text in texts:
-        content = text.encode("utf-8", "replace")
-        draw = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
-        if draw >= share:
-            continue
-        for part in UNTRAINABLE.split(content.decode()):
-            start = 0
-            while start < len(part):
-                stop = start + CHUNK_BYTES
-                if stop < len(part):
-                    stop = (part.rfind("\n", start, stop) + 1) or stop
-                yield part[start:stop]
-                start = stop
+        cut = (chunk for part in UNTRAINABLE.split(text.encode("utf-8", "replace").decode()) for chunk in _cut(part))
+        for number, chunk in enumerate(cut):
+            content = f"{number}:{chunk}".encode()
+            draw = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
+            if draw < share:
+                yield chunk
+
+
+def _cut(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        stop = start + CHUNK_BYTES
+        if stop < len(text):
+            stop = (text.rfind("\n", start, stop) + 1) or stop
+        yield text[start:stop]
+        start = stop
 
 
 def _explain(message: str, vocab_size: int, corpus_bytes: int) -> MegalmError:

@@ -16,7 +16,7 @@ from megalm.errors import MegalmError
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load
 from megalm.tokenizer.sentence_piece import META_SPACE
-from megalm.tokenizer.train import train
+from megalm.tokenizer.train import CHUNK_BYTES, _chunks, train
 
 SCRIPTS = [
     "The quick brown fox jumps over the lazy dog 0123456789 don't naïve façade Straße",
@@ -192,13 +192,28 @@ def test_fingerprint_of_tokenizer_json_ignores_what_decides_no_id(byte_level: Pa
 
 
 def test_long_documents_and_sampling_are_trained_on() -> None:
-    """sentencepiece alone would drop a document above 4,192 bytes; sampling takes a part of the documents."""
+    """sentencepiece alone would drop a document above 4,192 bytes; sampling takes a part of the text."""
     long_document = "extraordinarily " * 2000
     tokenizer = train(lambda: [long_document, *topics.values()], 1000)
     assert len(tokenizer.encode(" extraordinarily")) == 1
     texts = list(topics.values()) * 3
     sampled = train(lambda: texts, 500, sample_bytes=100_000)
     assert sampled.fingerprint != train(lambda: texts, 500).fingerprint
+
+
+@pytest.mark.parametrize("salt", ["", "a", "b"])
+def test_of_documents_larger_than_the_sample_chunks_are_drawn(salt: str) -> None:
+    """Whole documents would be drawn all or not at all: this one with a probability of one in five."""
+    document = salt + "".join(topics.values())
+    share = 0.2
+    drawn = list(_chunks([document], share))
+    assert 0.5 * share < sum(map(len, drawn)) / len(document) < 2 * share
+    assert drawn == list(_chunks([document], share))
+    assert all(chunk in document and len(chunk) <= CHUNK_BYTES for chunk in drawn)
+    assert "".join(_chunks([document], 1.0)) == document
+    # A text that repeats itself is drawn in part too.
+    assert 0 < sum(map(len, _chunks(["word " * 200_000], share))) < 500_000
+    assert train(lambda: [document], 500, sample_bytes=len(document) // 5).vocab_size == 500
 
 
 @pytest.mark.parametrize(
