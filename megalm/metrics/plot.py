@@ -1,7 +1,9 @@
 """Pictures of one or several runs, drawn from their metrics.jsonl."""
 
+import itertools
 import math
 import re
+from array import array
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +16,16 @@ from matplotlib.ticker import FuncFormatter, LogFormatter, LogFormatterSciNotati
 
 from megalm.errors import MegalmError
 from megalm.metrics.meters import format_count
-from megalm.metrics.records import Record, read_records
+from megalm.metrics.records import read_records
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, the faint yellow left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SHORT = 20  # curves of so few points are drawn as they are
 CROWDED = 40  # curves of so many held-out points go without markers
+MOST = 5000  # points of a line, several to a pixel of its picture
+DRAWN = ("step", "tokens", "loss", "lr", "grad_norm")  # what is kept of a record
+HELD_OUT = "held_out/"  # and its held-out losses, each under this and the corpus's name
 INK, MUTED, GRID = "#222222", "#666666", "#E3E3E3"
 
 STYLE: dict[str, Any] = {
@@ -46,6 +51,9 @@ STYLE: dict[str, Any] = {
     "lines.solid_capstyle": "round",
 }
 
+Curves = dict[str, np.ndarray]
+"""Columns of a run's records, NaN where a record has no such number. Each [records]."""
+
 
 def plot_runs(
     runs: list[Path],
@@ -57,12 +65,13 @@ def plot_runs(
 ) -> None:
     """Draw training and held-out loss, learning rate and gradient norm of run folders into `output` (.png, .pdf, .svg).
 
-    The thin line is each record's loss, the thick one its moving average. A run without token counts puts all
-    of them on steps. Raises MegalmError for a folder without metrics.jsonl or with an empty one, and for an output
+    The thin line is each record's loss, the thick one its moving average. Of a long run, the lowest and the highest
+    point of each stretch are drawn, so that no spike is lost. A run without token counts puts all of them on steps.
+    Raises MegalmError for a folder without metrics.jsonl or with an empty one, and for an output
     format that is not known.
     """
-    curves = [_records(run) for run in runs]
-    key = "tokens" if x == "tokens" and all("tokens" in record for curve in curves for record in curve) else "step"
+    curves = [_read(run) for run in runs]
+    key = "tokens" if x == "tokens" and all(np.isfinite(curve["tokens"]).all() for curve in curves) else "step"
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 7.2), dpi=150, layout="constrained", facecolor="white")
         canvas = FigureCanvasAgg(figure)
@@ -74,10 +83,10 @@ def plot_runs(
         for index, (name, curve) in enumerate(zip(names, curves, strict=True)):
             colour = COLOURS[index % len(COLOURS)]
             style = ("-", "--", ":")[index // len(COLOURS) % 3]
-            places = _series(curve, key)
+            places = curve[key]
             _draw_loss(loss_axes, curve, key, colour, style, name if len(runs) > 1 else None)
-            _draw_line(rate_axes, places, _series(curve, "lr"), color=colour, linestyle=style, linewidth=1.6)
-            norms = _series(curve, "grad_norm")
+            _draw_line(rate_axes, places, curve["lr"], color=colour, linestyle=style, linewidth=1.6)
+            norms = curve["grad_norm"]
             _draw_line(norm_axes, places, norms, color=colour, alpha=0.3, linewidth=0.7)
             _draw_line(norm_axes, places, _smooth_logarithm(norms), color=colour, linestyle=style, linewidth=1.6)
         if log_loss:
@@ -112,14 +121,25 @@ def _smooth_logarithm(values: np.ndarray) -> np.ndarray:
     return np.exp(smooth(np.log(np.where(values > 0, values, np.nan))))
 
 
-def _records(run: Path) -> list[Record]:
+def _read(run: Path) -> Curves:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise MegalmError(f"{run} has no metrics.jsonl: name the folder of a run (run.directory)")
-    records = read_records(path)
+    columns: dict[str, array[float]] = {key: array("d") for key in DRAWN}
+    drawn = [(key, columns[key].append) for key in DRAWN]
+    for number, record in enumerate(read_records(path)):
+        for key, append in drawn:
+            append(_number(record.get(key)))
+        for corpus, loss in (record.get("held_out") or {}).items():
+            column = columns.setdefault(HELD_OUT + corpus, array("d"))
+            column.extend([math.nan] * (number - len(column)))
+            column.append(_number(loss))
+    records = len(columns["step"])
     if not records:
         raise MegalmError(f"{path} holds no records yet: wait for the run's first step")
-    return records
+    for column in columns.values():
+        column.extend([math.nan] * (records - len(column)))
+    return {key: np.array(column) for key, column in columns.items()}
 
 
 def _names(runs: list[Path]) -> list[str]:
@@ -131,39 +151,47 @@ def _names(runs: list[Path]) -> list[str]:
     return ["/".join(names[-depth:]) for names in parts]
 
 
-def _series(records: list[Record], key: str) -> np.ndarray:
-    """Values of `key`, NaN where a record has none. Shape [records]."""
-    return np.array([_number(record.get(key)) for record in records], dtype=float)
-
-
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    return value if isinstance(value, (int, float)) else math.nan
 
 
 def _draw_line(axes: Axes, places: np.ndarray, values: np.ndarray, **style: Any) -> None:
     """A line through the known points, or a dot when there is one."""
+    places, values = _thinned(places, values)
+    axes.plot(places, values, marker="o" if len(places) == 1 else None, markersize=4, **style)
+
+
+def _thinned(places: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The known points: all, or of MOST / 2 equal stretches the lowest and the highest, and both ends."""
     known = np.isfinite(places) & np.isfinite(values)
-    axes.plot(places[known], values[known], marker="o" if known.sum() == 1 else None, markersize=4, **style)
+    places, values = places[known], values[known]
+    if len(values) <= MOST:
+        return places, values
+    bounds = np.linspace(0, len(values), MOST // 2 + 1).astype(int).tolist()
+    kept = {0, len(values) - 1}
+    for start, stop in itertools.pairwise(bounds):
+        stretch = values[start:stop]
+        kept |= {start + int(stretch.argmin()), start + int(stretch.argmax())}
+    chosen = sorted(kept)
+    return places[chosen], values[chosen]
 
 
-def _draw_loss(axes: Axes, records: list[Record], key: str, colour: str, style: str, name: str | None) -> None:
+def _draw_loss(axes: Axes, curves: Curves, key: str, colour: str, style: str, name: str | None) -> None:
     """name: the run's, where there are several; their held-out curves then share its colour."""
-    places, losses = _series(records, key), _series(records, "loss")
-    if len(records) > SHORT:
+    places, losses = curves[key], curves["loss"]
+    if len(losses) > SHORT:
         _draw_line(axes, places, losses, color=colour, alpha=0.35, linewidth=0.7)
     _draw_line(axes, places, smooth(losses), color=colour, linestyle=style, linewidth=2.0, label=name or "training")
-    corpora = sorted({corpus for record in records for corpus in record.get("held_out") or {}})
+    corpora = sorted(column.removeprefix(HELD_OUT) for column in curves if column.startswith(HELD_OUT))
     for number, corpus in enumerate(corpora):
-        points = [(_number(r.get(key)), _number((r.get("held_out") or {}).get(corpus))) for r in records]
-        points = [point for point in points if all(map(math.isfinite, point))]
+        points = _thinned(places, curves[HELD_OUT + corpus])
         label = f"held out: {corpus}"
         axes.plot(
-            [place for place, _ in points],
-            [loss for _, loss in points],
+            *points,
             color=colour if name else COLOURS[(number + 1) % len(COLOURS)],
             linestyle=(0, (4, 2)) if name else "-",
             linewidth=1.3,
-            marker=MARKERS[number % len(MARKERS)] if len(points) <= CROWDED else "",
+            marker=MARKERS[number % len(MARKERS)] if len(points[0]) <= CROWDED else "",
             markersize=5,
             markeredgecolor="white",
             markeredgewidth=0.8,

@@ -8,6 +8,7 @@ finite is written as null, since JSON has no name for it.
 import json
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,18 @@ Record = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl. A line cut short by a crash is left out, and the log says so."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-        else:
-            logger.warning("%s line %d is not a record (cut short?) and is left out", path, number)
-    return records
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a metrics.jsonl, one at a time. A line cut short by a crash is left out, and the log says so."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                record = None
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
+            else:
+                logger.warning("%s line %d is not a record (cut short?) and is left out", path, number)
 
 
 def write_record(record: Record) -> str:

@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,43 @@ def test_a_truncated_last_line_is_left_out(tmp_path, drawn):
     (folder / "metrics.jsonl").write_text(text[:-10])
     plot_runs([folder], tmp_path / "loss.png")
     assert len(lines(drawn[0].axes[0])["training"][0]) == 59
+
+
+def test_a_long_run_is_thinned_and_keeps_its_spikes_and_its_mean(tmp_path, drawn):
+    steps = 30_000
+    noise = np.random.default_rng(0).normal(scale=0.1, size=steps + 1)
+    folder = run(
+        tmp_path / "long",
+        steps,
+        loss=lambda step: 50.0 if step == 12_345 else 3 + noise[step],
+        grad_norm=lambda step: 1e-3 if step == 23_456 else 1.0,
+        held_out=lambda step: {"web": 2.0 + step} if step % 2 == 0 else {},
+    )
+    plot_runs([folder], tmp_path / "loss.png")
+    loss, _, norm = drawn[0].axes
+    for axes in drawn[0].axes:
+        for line in axes.get_lines():
+            assert 2 <= len(line.get_xdata()) <= 5002
+            assert list(line.get_xdata()) == sorted(line.get_xdata())
+    raw = next(line for line in loss.get_lines() if line.get_label().startswith("_"))
+    x, y = raw.get_data()
+    assert (x[0], x[-1]) == (4096, steps * 4096)
+    assert dict(zip(x, y, strict=True))[12_345 * 4096] == 50.0
+    assert norm.get_lines()[0].get_ydata().min() == 1e-3
+    # The average is of all records and not of those that are drawn, half of which are extremes.
+    x, y = lines(loss)["training"]
+    assert y[-1] == pytest.approx(np.mean(3 + noise[-601:]), abs=0.05)
+    assert lines(loss)["held out: web"][1][-1] == 2.0 + steps
+
+
+def test_drawing_takes_little_memory(tmp_path):
+    folder = run(tmp_path / "long", 20_000)
+    plot_runs([folder], tmp_path / "first.png")  # what matplotlib keeps
+    tracemalloc.start()
+    plot_runs([folder], tmp_path / "second.png")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6  # 20,000 records of 300 to 1000 bytes would alone be more than half of it
 
 
 def test_smooth_keeps_straight_lines_and_averages_noise():

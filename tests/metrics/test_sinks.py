@@ -33,7 +33,7 @@ class TestJsonl:
     def test_a_record_is_on_disk_when_write_returns(self, tmp_path):
         sink = JsonlSink(tmp_path / "run" / "metrics.jsonl")
         sink.write(record(1, held_out={"web": 3.5}))
-        assert read_records(tmp_path / "run" / "metrics.jsonl") == [record(1, held_out={"web": 3.5})]
+        assert list(read_records(tmp_path / "run" / "metrics.jsonl")) == [record(1, held_out={"web": 3.5})]
 
     def test_floats_come_back_bitwise(self, tmp_path):
         sink = JsonlSink(tmp_path / "metrics.jsonl")
