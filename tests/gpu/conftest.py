@@ -1,0 +1,3 @@
+"""The corpus and the tiny runs of tests/training."""
+
+from tests.training.conftest import corpus, settings  # noqa: F401
