@@ -26,6 +26,77 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
 }
 
+LLAMA = {
+    "vocab_size": 128_256,
+    "num_key_value_heads": 8,
+    "activation": "swiglu",
+    "norm": "rmsnorm",
+    "norm_eps": 1e-5,
+    "position": "rotary",
+    "max_position_embeddings": 131_072,
+    "rope_theta": 500_000.0,
+    "qk_norm": False,
+    "attention_bias": False,
+    "attention_output_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+LLAMA_ROPE = {
+    "kind": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+QWEN3 = LLAMA | {
+    "vocab_size": 151_936,
+    "head_dim": 128,
+    "norm_eps": 1e-6,
+    "max_position_embeddings": 40_960,
+    "rope_theta": 1_000_000.0,
+    "rope_scaling": None,
+    "qk_norm": True,
+}
+# From the config.json that was published with the weights of each, in our words and without our files.
+VALUES: dict[str, dict[str, object]] = {
+    "gpt2-124m": {
+        "vocab_size": 50_257,
+        "hidden_size": 768,
+        "num_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "head_dim": 64,
+        "intermediate_size": 3072,
+        "activation": "gelu_tanh",
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "position": "learned",
+        "max_position_embeddings": 1024,
+        "rope_scaling": None,
+        "qk_norm": False,
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "llama-1b": LLAMA
+    | {"hidden_size": 2048, "num_layers": 16, "num_attention_heads": 32, "head_dim": 64, "intermediate_size": 8192}
+    | {"rope_scaling": LLAMA_ROPE | {"factor": 32.0}, "tie_word_embeddings": True},
+    "llama-8b": LLAMA
+    | {"hidden_size": 4096, "num_layers": 32, "num_attention_heads": 32, "head_dim": 128, "intermediate_size": 14_336}
+    | {"rope_scaling": LLAMA_ROPE},
+    "llama-70b": LLAMA
+    | {"hidden_size": 8192, "num_layers": 80, "num_attention_heads": 64, "head_dim": 128, "intermediate_size": 28_672}
+    | {"rope_scaling": LLAMA_ROPE},
+    "llama-405b": LLAMA
+    | {"hidden_size": 16_384, "num_layers": 126, "num_attention_heads": 128, "head_dim": 128}
+    | {"intermediate_size": 53_248, "rope_scaling": LLAMA_ROPE},
+    "qwen3-0.6b": QWEN3
+    | {"hidden_size": 1024, "num_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072}
+    | {"tie_word_embeddings": True},
+    "qwen3-8b": QWEN3 | {"hidden_size": 4096, "num_layers": 36, "num_attention_heads": 32, "intermediate_size": 12_288},
+}
+
 
 class Preset(Config):
     """A file that holds a model and nothing else."""
@@ -86,6 +157,46 @@ def test_sizes_are_the_published_ones(name: str) -> None:
     assert f"{PUBLISHED[name]:,} weights" in (CONFIGS / "model" / f"{name}.yaml").read_text()
 
 
+def deviations(name: str, model: ModelConfig) -> set[str]:
+    """Keys whose values are not the published ones."""
+    actual = model.model_dump() | {
+        "num_key_value_heads": model.key_value_heads,
+        "head_dim": model.head_width,
+        "intermediate_size": model.feed_forward_width,
+    }
+    found = {key for key, value in VALUES[name].items() if key != "rope_scaling" and actual[key] != value}
+    expected = VALUES[name]["rope_scaling"]
+    scaling = None if model.rope_scaling is None else model.rope_scaling.model_dump(include=set(LLAMA_ROPE))
+    return found | ({"rope_scaling"} if scaling != expected else set())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_values_are_the_published_ones(name: str) -> None:
+    assert not deviations(name, preset(name))
+    # What the table leaves out, the published models do without.
+    assert (preset(name).sliding_window, preset(name).hidden_dropout, preset(name).attention_dropout) == (
+        None,
+        0.0,
+        0.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama-8b", "model.num_attention_heads=64"),
+        ("llama-8b", "model.norm_eps=1e-6"),
+        ("llama-8b", "model.rope_scaling.low_freq_factor=2.0"),
+        ("llama-1b", "model.rope_scaling.factor=8.0"),
+        ("qwen3-8b", "model.rope_theta=500000.0"),
+        ("gpt2-124m", "model.activation=gelu"),
+    ],
+)
+def test_a_wrong_value_is_found(name: str, change: str) -> None:
+    """Negative control: most of these leave the number of weights as it is."""
+    assert deviations(name, preset(name, change)) == {change.split("=")[0].split(".")[1]}
+
+
 def test_every_preset_is_counted() -> None:
     assert {path.stem for path in MODELS} == {*PUBLISHED, "1m", "10m"}
     assert 0.9e6 < preset("1m", "model.vocab_size=4096").num_parameters() < 1.3e6
@@ -119,18 +230,6 @@ def test_count_follows_every_part_of_the_model(changes: dict[str, object]) -> No
         plain = ModelConfig.model_fields[key].default
         if value != plain and key not in ("head_dim", "activation"):
             assert model.model_copy(update={key: plain}).num_parameters() != expected, key
-
-
-def test_rotary_bases_and_scalings() -> None:
-    """What the count does not see and a wrong value of which trains all the same."""
-    scalings = {name: preset(name).rope_scaling for name in PUBLISHED if name.startswith("llama")}
-    kinds = {name: (scaling.kind, scaling.factor) for name, scaling in scalings.items() if scaling}
-    assert kinds == {"llama-1b": ("llama3", 32.0)} | {
-        f"llama-{size}": ("llama3", 8.0) for size in ("8b", "70b", "405b")
-    }
-    assert {preset(name).rope_theta for name in scalings} == {500_000.0}
-    assert {(preset(name).rope_theta, preset(name).norm_eps) for name in ("qwen3-0.6b", "qwen3-8b")} == {(1e6, 1e-6)}
-    assert preset("gpt2-124m").position == "learned"
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
