@@ -34,10 +34,11 @@ def test_batch_and_clipping() -> None:
 def test_each_precision_accumulates_in_fp32() -> None:
     fp32, bf16, fp16 = derived("fp32"), derived("bf16"), derived("fp16")
     assert not {"bf16", "fp16", "data_types"} & set(fp32)
-    assert bf16["bf16"] == {"enabled": True} and "fp16" not in bf16
+    assert bf16["bf16"]["enabled"] and "fp16" not in bf16
     assert fp16["fp16"]["enabled"] and fp16["fp16"]["loss_scale"] == 0 and "bf16" not in fp16
     for half in (bf16, fp16):
         assert half["data_types"] == {"grad_accum_dtype": "fp32"}
+        assert half["communication_data_type"] == "fp32"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
