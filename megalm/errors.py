@@ -7,7 +7,14 @@ from typing import NoReturn
 
 
 class MegalmError(Exception):
-    """One sentence: what is wrong, where (file, key, line), and what to do about it."""
+    """One sentence: what is wrong, where (file, key, line), and what to do about it.
+
+    echo: another rank says the same, so this one ends in silence.
+    """
+
+    def __init__(self, sentence: str, *, echo: bool = False):
+        super().__init__(sentence)
+        self.echo = echo
 
 
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
@@ -15,7 +22,8 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
     try:
         sys.exit(main() or 0)
     except MegalmError as error:
-        _say(f"error: {error}")
+        if not error.echo:
+            _say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         _say("interrupted")
@@ -23,6 +31,6 @@ def main_guard(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _say(message: str) -> None:
-    """Print to stderr, once per machine: the ranks of a run make the same mistake together."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
+    """Print to stderr, saying which of several ranks speaks."""
+    rank = os.environ.get("RANK", "0")
+    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)

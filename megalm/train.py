@@ -18,7 +18,7 @@ import argparse  # noqa: E402
 import os  # noqa: E402
 
 from megalm.config import dump, load  # noqa: E402
-from megalm.errors import main_guard  # noqa: E402
+from megalm.errors import MegalmError, main_guard  # noqa: E402
 from megalm.training.config import RunConfig  # noqa: E402
 
 
@@ -43,15 +43,22 @@ def main() -> int:
         return 0
     from megalm.training.plan import plan
 
-    planned = plan(config, int(os.environ.get("WORLD_SIZE", "1")))
+    try:
+        planned = plan(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except MegalmError as error:
+        error.echo = os.environ.get("LOCAL_RANK", "0") != "0"  # the first rank of this machine finds the same
+        raise
     # From here on imports take seconds, and the device decides what they find.
     from megalm.parallel import device
 
     kind = device.choose(config.run.device)
+    from megalm.parallel import groups
     from megalm.training.build import build
     from megalm.training.loop import train
 
-    return train(build(planned, kind))
+    code = train(build(planned, kind))
+    groups.destroy()
+    return code
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def save(
     partial, final = directory / f".{name}.partial", directory / name
     with together(ranks, partial):
         if ranks.rank == 0:
-            _clear(directory)
+            recover(directory)
             partial.mkdir(parents=True)
     with together(ranks, partial):
         free = shutil.disk_usage(partial).free
@@ -110,10 +110,13 @@ def save(
             raise OSError(f"it takes about {needed / 1e9:.1f} GB")
     with together(ranks, partial):
         write_shards(partial)
+    files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    seen = ranks.gather(files)
     mine = {}
     with together(ranks, partial):
+        if any(listing != files for listing in seen):
+            raise OSError("the ranks do not see the same files, run.directory must be shared by all machines")
         # Ranks share the reading back: files are many and large.
-        files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
         for file in files[ranks.rank :: ranks.size]:
             _sync(partial / file)
             mine[file] = manifests.describe_file(partial / file)
@@ -150,7 +153,8 @@ def together(ranks: Ranks, partial: Path) -> Iterator[None]:
     raise MegalmError(
         f"the checkpoint {directory / partial.stem.removeprefix('.')} could not be written ({failures[0]}; "
         f"{free / 1e9:.1f} GB are free): make room, or choose another run.directory, and start again; the run "
-        "continues from its newest checkpoint"
+        "continues from its newest checkpoint",
+        echo=ranks.rank > 0,
     ) from failure
 
 
@@ -236,8 +240,8 @@ def _delete(aside: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _clear(directory: Path) -> None:
-    """Clear away what crashes left: unfinished checkpoints, and what was set aside unless nothing took its place."""
+def recover(directory: Path) -> None:
+    """Clear away what crashes left: unfinished checkpoints; what was set aside, unless nothing took its place."""
     for partial in directory.glob(".step-*.partial"):
         shutil.rmtree(partial)
     for aside in directory.glob(".step-*.old"):

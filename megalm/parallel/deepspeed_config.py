@@ -17,6 +17,12 @@ OWNED = {
     "amp": "train.precision",
     "data_types": "train.precision",
     "torch_autocast": "train.precision",
+    "communication_data_type": "train.precision",
+    "prescale_gradients": "train.global_batch_size and train.micro_batch_size",
+    "gradient_predivide_factor": "train.global_batch_size and train.micro_batch_size",
+    "managed_gradient_accumulation": "train.global_batch_size and train.micro_batch_size",
+    "elasticity": "train.global_batch_size and train.micro_batch_size",
+    "zero_optimization.compute_grad_norm": "optimizer.gradient_clipping",
     "zero_optimization.stage": "parallel.zero",
     "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
     "pipeline": "parallel.pipeline_schedule",
@@ -93,6 +99,9 @@ def derive(
     elif precision == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if precision != "fp32":
+        # The sums over micro-batches are fp32; those over ranks would be in the weights' own type.
+        config["communication_data_type"] = "fp32"
     if parallel.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         config["zero_force_ds_cpu_optimizer"] = False

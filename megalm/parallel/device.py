@@ -13,7 +13,12 @@ Kind = Literal["cpu", "cuda"]
 
 
 def choose(wanted: Literal["auto", "cpu", "cuda"]) -> Kind:
-    """The device type to train on; must be called before deepspeed or megatron-core is imported."""
+    """The device type to train on; must be called before deepspeed or megatron-core is imported.
+
+    Raises MegalmError if `cuda` is wanted and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise MegalmError("run.device is cuda and torch finds no CUDA device here: set it to cpu, or mend the driver")
     device: Kind = "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
     if device == "cpu":
         # DeepSpeed picks its accelerator from this variable at import.
@@ -54,6 +59,11 @@ def local(device: Kind) -> torch.device:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
         return torch.device("cpu")
-    index = int(os.environ.get("LOCAL_RANK", "0"))
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise MegalmError(
+            f"this machine has {count} CUDA devices and more ranks were started on it: start {count}, or set "
+            "run.device to cpu"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

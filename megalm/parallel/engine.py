@@ -267,7 +267,8 @@ def create(
     accept: Callable[[float], bool],
 ) -> Engine:
     """Wrap `module` and `optimizer` in the DeepSpeed engine that the layout asks for."""
-    guard = StepGuard(optimizer, accept)
+    # Norms may differ in their last bit between copies of the model; one rank's refusal is everybody's.
+    guard = StepGuard(optimizer, lambda norm: not groups.maximum(int(not accept(norm))))
     with quiet():
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, mpu=None if _is_pipeline(module) else groups.grid

@@ -2,11 +2,11 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -14,7 +14,10 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from megatron.core import parallel_state
 
+from megalm.errors import MegalmError
 from megalm.layout import Layout
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -57,6 +60,19 @@ class Groups:
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item)
         return items
+
+    def decide(self, question: Callable[[], T]) -> T:
+        """Rank 0's answer on every rank, so that none acts on another view of the disk; or its MegalmError on all."""
+        answer: list[Any] = [None, ""]
+        if self.rank == 0:
+            try:
+                answer = [question(), ""]
+            except MegalmError as error:
+                answer = [None, str(error)]
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1]:
+            raise MegalmError(answer[1], echo=self.rank > 0)
+        return answer[0]
 
     def maximum(self, value: int) -> int:
         """The largest `value` of any rank, on every rank."""

@@ -8,6 +8,7 @@ import torch
 from megalm.checkpoint import manifest as manifests
 from megalm.config import dump
 from megalm.data.loader import Loader, held_out_batches
+from megalm.errors import MegalmError
 from megalm.models.decoder import LayerSpec, build_model, decoder
 from megalm.nn.attention import requirements
 from megalm.nn.init import spec_of
@@ -31,6 +32,7 @@ from megalm.training.callbacks.garbage import GarbageCollection
 from megalm.training.callbacks.metrics import Metrics
 from megalm.training.callbacks.signals import Signals
 from megalm.training.config import RunConfig
+from megalm.training.lock import Lock
 from megalm.training.loop import tensors
 from megalm.training.plan import Plan
 from megalm.training.run import Run
@@ -102,27 +104,36 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     Raises MegalmError for files that are missing or do not belong together.
     """
     config = planned.config
-    found = resume.find(config)
-    if found:
-        resume.check(manifests.read(found), planned, str(found))
     device = devices.local(kind)
     devices.require_precision(config.train.precision)
     if config.train.deterministic:
         devices.require_determinism()
     groups.start(device)
     joined = groups.create(planned.layout)
+    lock = Lock(Path(config.run.directory))
+
+    def begin() -> Path | None:
+        lock.acquire()
+        return resume.find(config)
+
+    found = joined.decide(begin)
+    if found:
+        resume.check(manifests.read(found), planned, str(found))
     train, logging = config.train, config.logging
     anomalies = Anomalies(
         train.on_nan, train.on_spike, train.spike_factor, train.max_anomalies, scaled=train.precision == "fp16"
     )
     built, specs = build_engine(config, joined, device, anomalies.accept)
+    facts = _facts(planned, device, built.num_parameters)
+    _require_same_kernels(joined, facts)
     run = Run(
         planned,
         joined,
         built,
+        lock=lock,
         layer_names=[spec.name for spec in specs],
         held_out=_held_out(planned, joined),
-        facts=_facts(planned, device, built.num_parameters),
+        facts=facts,
         # In this order each step: judge, listen, measure, write down, save.
         callbacks=[
             anomalies,
@@ -180,6 +191,19 @@ def _short_names(paths: list[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return paths
+
+
+def _require_same_kernels(joined: Groups, facts: dict[str, str]) -> None:
+    """Refuse ranks that chose different kernels: their weights would drift apart."""
+    for name in ("attention", "norm", "optimizer"):
+        chosen = joined.gather(facts[name])
+        if len(set(chosen)) > 1:
+            other = next(rank for rank, choice in enumerate(chosen) if choice != chosen[0])
+            raise MegalmError(
+                f"rank 0 takes {name} {chosen[0]} and rank {other} takes {chosen[other]}: install the same on all "
+                "machines, or name one in the config",
+                echo=joined.rank > 0,
+            )
 
 
 def _facts(planned: Plan, device: torch.device, num_parameters: int) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The training loop. Whatever is not the loop is a callback."""
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,10 @@ def train(run: Run) -> int:
             for callback in run.callbacks:
                 callback.after_step(run, record)
     finally:
-        for callback in run.callbacks:
-            callback.on_end(run)
-        run.loader.close()
+        with ExitStack() as ends:  # runs all of them; what was raised above stays the reason
+            ends.callback(run.loader.close)
+            for callback in reversed(run.callbacks):
+                ends.callback(callback.on_end, run)
+    # A launcher ends everybody as soon as one rank is gone: none goes before the last has drawn and written.
+    run.groups.barrier()
     return DONE if run.stop is None else run.stop

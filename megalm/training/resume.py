@@ -20,13 +20,15 @@ _BYTES_PER_PARAMETER = 20
 """fp32 master weights and two moments, and the weights twice, in up to fp32."""
 
 _SAME = (
-    ("model", "the weights would not fit"),
+    ("model", "it would be another model"),
     ("run.seed", "the samples would come in another order"),
     ("train.global_batch_size", "the samples would come in another order"),
     ("train.sequence_length", "the samples would be cut elsewhere"),
     ("train.precision", "the optimizer's state would not fit"),
     ("parallel.zero", "the optimizer's shards would not fit"),
     ("parallel.pipeline_schedule", "the stages would not fit"),
+    ("parallel.offload_optimizer", "the optimizer's shards would not fit"),
+    ("data.attend_across_documents", "the samples would be masked otherwise"),
 )
 """Keys a run keeps for life, and what would happen otherwise."""
 
@@ -38,17 +40,23 @@ def directory(config: RunConfig) -> Path:
 def find(config: RunConfig) -> Path | None:
     """The checkpoint that checkpoint.resume asks for, or None for a fresh run.
 
+    A named checkpoint of another folder starts a run; once that run has its own, it continues from those, so that the
+    same command can be given again. A crash's leftovers are put right first.
+
     Raises MegalmError if `never` meets a run that exists, or a named checkpoint does not.
     """
-    wanted = config.checkpoint.resume
-    if wanted not in ("auto", "never"):
-        return checkpoints.resolve(Path(wanted))
-    newest = checkpoints.newest(directory(config))
-    if newest and wanted == "never":
+    wanted, own = config.checkpoint.resume, directory(config)
+    checkpoints.recover(own)
+    newest = checkpoints.newest(own)
+    if wanted == "never" and (newest or (Path(config.run.directory) / "metrics.jsonl").exists()):
+        where = newest.name if newest else "before its first checkpoint"
         raise MegalmError(
-            f"{config.run.directory} already holds a run (at {newest.name}): choose another run.directory, "
+            f"{config.run.directory} already holds a run (at {where}): choose another run.directory, "
             "or --resume auto to continue it"
         )
+    if wanted not in ("auto", "never"):
+        named = checkpoints.resolve(Path(wanted))
+        return newest if newest and named.resolve().parent != own.resolve() else named
     return newest
 
 
@@ -102,6 +110,8 @@ def restore(run: Run, folder: Path) -> dict[str, Any]:
     """Load a checkpoint into the engine and the callbacks; returns the loader's state. Every rank calls it."""
     manifest = checkpoints.verify(folder, run.groups)
     check(manifest, run.plan, str(folder))
+    for change in _changes(manifest.config, run.config.model_dump()):
+        run.say(f"changed since {folder.name}: {change}")
     run.engine.load(folder, SHARDS)
     run.step, run.tokens = manifest.step, manifest.tokens
     for callback in run.callbacks:
@@ -115,7 +125,7 @@ def roll_back(run: Run) -> int:
 
     Raises MegalmError if there is no checkpoint yet.
     """
-    newest = checkpoints.newest(directory(run.config))
+    newest = run.groups.decide(lambda: checkpoints.newest(directory(run.config)))
     if newest is None:
         raise MegalmError(
             f"step {run.step}: nothing to roll back to, {directory(run.config)} holds no checkpoint yet: "
@@ -125,6 +135,13 @@ def roll_back(run: Run) -> int:
     run.engine.load(newest, SHARDS)
     run.step, run.tokens = manifest.step, manifest.tokens
     return manifest.step
+
+
+def _changes(then: Any, now: Any, path: str = "") -> list[str]:
+    """Every value that differs between two trees, as `key: before -> after`."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return [] if then == now else [f"{path.removeprefix('.')}: {then} -> {now}"]
+    return [c for key in then | now for c in _changes(then.get(key), now.get(key), f"{path}.{key}")]
 
 
 def _at(tree: dict[str, Any], path: str) -> Any:

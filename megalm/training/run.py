@@ -11,6 +11,7 @@ from megalm.data.loader import Loader
 from megalm.parallel.engine import Engine, MicroBatch
 from megalm.parallel.groups import Groups
 from megalm.training.config import RunConfig
+from megalm.training.lock import Lock
 from megalm.training.plan import Plan
 
 DONE, ANOMALY, PREEMPTED = 0, 3, 75
@@ -47,6 +48,7 @@ class Run:
     groups: Groups
     engine: Engine
     callbacks: list[Callback]
+    lock: Lock
     layer_names: list[str]
     held_out: dict[str, list[MicroBatch]]
     facts: dict[str, str]

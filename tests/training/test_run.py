@@ -140,7 +140,7 @@ def test_a_spike_rolls_back_and_goes_past_its_samples(settings: Settings) -> Non
     manifest = json.loads((Path(tree["run"]["directory"]) / "checkpoints/step-30/manifest.json").read_text())
     # Step 26 was taken back to step 24: its samples and those of step 25 were read, and not read again.
     assert manifest["data"]["samples"] == 16 * 32
-    assert manifest["trainer"]["Anomalies"]["count"] == 1
+    assert manifest["trainer"]["Anomalies"]["anomalies"] == 1
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ class Anomalies(Callback):
         self._scaled = scaled
         self._mean = 0.0
         self._accepted = 0
-        self.count = 0
+        self.anomalies = 0
+        self.overflows = 0
 
     def accept(self, norm: float) -> bool:
         """Whether a step of this global gradient norm may be applied. The same on every rank."""
@@ -45,28 +46,41 @@ class Anomalies(Callback):
         return None
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
-        if record["applied"] or (self._scaled and not math.isfinite(record["grad_norm"])):
-            return
+        if not record["applied"]:
+            if self._scaled and not math.isfinite(record["grad_norm"]):
+                self.overflows += 1
+            else:
+                self._act(run, record)
+        # Counts stay in every later record: those of steps that were taken back are gone.
+        record |= {name: count for name in ("anomalies", "overflows") if (count := getattr(self, name))}
+
+    def _act(self, run: Run, record: dict[str, Any]) -> None:
         kind = self._kind(record["grad_norm"]) or "nan"
         action = self._actions[kind]
-        self.count += 1
-        record["anomalies"] = self.count
+        self.anomalies += 1
         what = (
             f"step {run.step}: loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}"
             f" ({'not finite' if kind == 'nan' else f'a spike over the mean of {self._mean:.4g}'})"
         )
-        if action == "stop" or self.count > self._limit:
+        if action == "stop" or self.anomalies > self._limit:
             run.stop = ANOMALY
             why = f"train.on_{kind}=stop" if action == "stop" else f"more than train.max_anomalies={self._limit}"
             run.say(f"{what}; stopped before the update ({why}); set train.on_{kind}=skip or rollback to go past it")
         elif action == "rollback":
             step = roll_back(run)
-            run.say(f"{what}; rolled back to step {step}, its samples are passed over ({self.count} so far)")
+            record["rolled_back"] = True
+            run.say(f"{what}; rolled back to step {step}, its samples are passed over ({self.anomalies} so far)")
         else:
-            run.say(f"{what}; skipped the update ({self.count} so far)")
+            run.say(f"{what}; skipped the update ({self.anomalies} so far)")
 
     def state(self) -> dict[str, Any]:
-        return {"mean": self._mean, "accepted": self._accepted, "count": self.count}
+        return {
+            "mean": self._mean,
+            "accepted": self._accepted,
+            "anomalies": self.anomalies,
+            "overflows": self.overflows,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._mean, self._accepted, self.count = state["mean"], state["accepted"], state["count"]
+        self._mean, self._accepted = state["mean"], state["accepted"]
+        self.anomalies, self.overflows = state["anomalies"], state["overflows"]

@@ -13,5 +13,6 @@ class Checkpoints(Callback):
         self._every = every
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
-        if run.due(self._every) or run.stop == PREEMPTED:
+        due = run.due(self._every) and not record.get("rolled_back")
+        if due or run.stop == PREEMPTED:
             save(run)

@@ -12,5 +12,5 @@ class Evaluation(Callback):
         self._every = every
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
-        if run.held_out and run.due(self._every):
+        if run.held_out and run.due(self._every) and not record.get("rolled_back"):
             record["held_out"] = {name: run.engine.evaluate(batches)[0] for name, batches in run.held_out.items()}

@@ -16,7 +16,8 @@ from megalm.training.run import Callback, Run
 class Metrics(Callback):
     """Completes the record with rates and memory, and writes it every logging.every steps, on one rank.
 
-    A record that says something rare (a held-out loss, an anomaly) is written whatever the step.
+    A record that says something rare (a held-out loss, a step not applied) is written whatever the step; that of a
+    step that was rolled back is not, since the step comes again.
     """
 
     def __init__(self, config: LoggingConfig, device: torch.device):
@@ -25,6 +26,7 @@ class Metrics(Callback):
         self._sinks: list[Sink] = []
         self._seconds = 0.0
         self._tokens = 0
+        self._written = False
 
     def on_start(self, run: Run) -> None:
         if not run.is_main:
@@ -45,15 +47,19 @@ class Metrics(Callback):
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
         self._seconds += record.pop("seconds")
-        rare = "held_out" in record or "anomalies" in record
-        if not run.is_main or not (rare or run.stop is not None or run.due(self._config.every)):
+        if record.get("rolled_back"):
+            self._seconds, self._tokens = 0.0, run.tokens
             return
-        rate = max(run.tokens - self._tokens, 0) / self._seconds
+        rare = "held_out" in record or not record["applied"] or run.stop is not None
+        if not run.is_main or not (rare or run.due(self._config.every)):
+            return
+        rate = (run.tokens - self._tokens) / self._seconds
         record |= {"tokens_per_second": rate, "memory": self._memory(), "time": time.time()}
         if self._device.type == "cuda":
             record |= self._utilisation(run, rate)
         for sink in self._sinks:
             sink.write(record)
+        self._written = True
         self._seconds, self._tokens = 0.0, run.tokens
         if "held_out" in record:
             self._draw(run)
@@ -62,7 +68,7 @@ class Metrics(Callback):
         if self._sinks:
             for sink in self._sinks:
                 sink.close()
-            if run.step:
+            if self._written:
                 self._draw(run)
                 run.say(f"curve: {run.directory / 'loss.png'}")
 
