@@ -185,7 +185,7 @@ def _draw_loss(axes: Axes, curves: Curves, key: str, colour: str, style: str, na
     corpora = sorted(column.removeprefix(HELD_OUT) for column in curves if column.startswith(HELD_OUT))
     for number, corpus in enumerate(corpora):
         points = _thinned(places, curves[HELD_OUT + corpus])
-        label = f"held out: {corpus}"
+        label = "held out" if corpus == "held_out" else f"held out: {corpus}"  # the name write_shards gives its folder
         axes.plot(
             *points,
             color=colour if name else COLOURS[(number + 1) % len(COLOURS)],
