@@ -119,12 +119,15 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     found = joined.decide(begin)
     if found:
         resume.check(manifests.read(found), planned, str(found))
-    train, logging = config.train, config.logging
+    model, train, logging = config.model, config.train, config.logging
     anomalies = Anomalies(
         train.on_nan, train.on_spike, train.spike_factor, train.max_anomalies, scaled=train.precision == "fp16"
     )
     built, specs = build_engine(config, joined, device, anomalies.accept)
-    facts = _facts(planned, device, built.num_parameters)
+    padding = model.padded_vocab_size() - (model.vocab_size or 0)
+    tables = 1 if model.tie_word_embeddings else 2
+    assert built.num_parameters == model.num_parameters() + padding * model.hidden_size * tables, "a weight is missing"
+    facts = _facts(planned, device)
     _require_same_kernels(joined, facts)
     run = Run(
         planned,
@@ -206,7 +209,7 @@ def _require_same_kernels(joined: Groups, facts: dict[str, str]) -> None:
             )
 
 
-def _facts(planned: Plan, device: torch.device, num_parameters: int) -> dict[str, str]:
+def _facts(planned: Plan, device: torch.device) -> dict[str, str]:
     """What was chosen for this run, for its log."""
     config = planned.config
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
@@ -220,7 +223,7 @@ def _facts(planned: Plan, device: torch.device, num_parameters: int) -> dict[str
     optimizer = config.optimizer
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
-        "model": f"{num_parameters:,} parameters, vocabulary {config.model.vocab_size:,}",
+        "model": f"{config.model.num_parameters():,} parameters, vocabulary {config.model.vocab_size:,}",
         "layout": planned.layout.describe(),
         "batch": (
             f"{config.train.global_batch_size} x {config.train.sequence_length} tokens per step, "
