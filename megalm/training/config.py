@@ -114,6 +114,9 @@ class RunConfig(Config):
                 f"{train.precision}: set parallel.zero to 1, which keeps fp32 ones"
             )
         check_pass_through(self.deepspeed)
+        held_out = [source.path for source in self.data.held_out]
+        if twice := sorted({path for path in held_out if held_out.count(path) > 1}):
+            raise ValueError(f"data.held_out names {twice[0]} twice: name each corpus once")
         if not self.data.sources:
             raise ValueError("data.sources is empty: name at least one shard folder")
         if not self.data.tokenizer:

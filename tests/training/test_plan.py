@@ -202,6 +202,12 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str, dict[str, Any] | int]] = {
         "model: hidden_size 34 is not a multiple of num_attention_heads 4: change one of them or set head_dim",
         {"model.head_dim": 8},
     ),
+    "one corpus held out twice": (
+        {"data.held_out": [{"path": "one"}, {"path": "one"}]},
+        1,
+        "data.held_out names one twice: name each corpus once",
+        {"data.held_out": []},
+    ),
     "no shards": (
         {"data.sources": []},
         1,
