@@ -64,17 +64,18 @@ def state(tree: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
 
 
 class SignalAt:
-    """Send this process (rank `rank` of the run) a signal in the middle of step `step`."""
+    """Send this process (rank `rank` of the run) signals, one after the other, in the middle of step `step`."""
 
-    def __init__(self, number: int, step: int, rank: int = 0):
-        self.number, self.step, self.rank = number, step, rank
+    def __init__(self, numbers: list[int], step: int, rank: int = 0):
+        self.numbers, self.step, self.rank = numbers, step, rank
 
     def __call__(self, run: Any) -> None:
         right = run.engine.step
 
         def step(*args: Any) -> Any:
             if run.step == self.step and run.groups.rank == self.rank:
-                os.kill(os.getpid(), self.number)
+                for number in self.numbers:
+                    os.kill(os.getpid(), number)
             return right(*args)
 
         run.engine.step = step

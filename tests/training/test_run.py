@@ -87,10 +87,14 @@ def _skip_a_step(run: Any) -> None:
     next(run.loader)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_one_rank_saves_and_stops_all(settings: Settings, number: int) -> None:
+@pytest.mark.parametrize(
+    "numbers",
+    # The last is what a rank gets when Ctrl-C is typed at a launcher: the terminal's signal, then the launcher's.
+    [[signal.SIGTERM], [signal.SIGUSR1], [signal.SIGINT, signal.SIGTERM]],
+)
+def test_a_signal_to_one_rank_saves_and_stops_all(settings: Settings, numbers: list[int]) -> None:
     tree, whole = settings("stopped"), settings("whole")
-    stopping = partial(train_run, sabotage=SignalAt(number, step=5, rank=1))
+    stopping = partial(train_run, sabotage=SignalAt(numbers, step=5, rank=1))
     assert run_ranks(2, stopping, tree) == [75, 75]
     assert checkpoints.steps(Path(tree["run"]["directory"]) / "checkpoints") == [4, 6]
     assert run_ranks(2, train_run, tree) == [0, 0]
