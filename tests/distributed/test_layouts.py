@@ -93,17 +93,19 @@ HALF_FIRST_STEP, HALF_LOSS = 1e-5, 1e-3
 
 
 def test_bf16_follows_fp32_and_itself() -> None:
-    alone = run_ranks(1, engine_curve, config(train={"precision": "bf16"}))[0]
+    half = {"precision": "bf16"}
+    alone = run_ranks(1, engine_curve, config(train=half))[0]
     assert worst(alone, expected(config()))[0] < HALF_LOSS
-    for ranks, parallel in (
-        (2, {"pipeline": 2}),
-        (4, {"tensor": 2, "sequence_parallel": True}),
-        (2, {"zero": 2}),
-        (2, {"zero": 3}),
+    tied = run_ranks(1, engine_curve, config(train=half, model=GPT))[0]
+    for reference, ranks, sections in (
+        (tied, 2, {"parallel": {"pipeline": 2}, "model": GPT}),
+        (alone, 4, {"parallel": {"tensor": 2, "sequence_parallel": True}}),
+        (alone, 2, {"parallel": {"zero": 2}}),
+        (alone, 2, {"parallel": {"zero": 3}}),
     ):
-        spread = run_ranks(ranks, engine_curve, config(train={"precision": "bf16"}, parallel=parallel))[0]
-        assert worst(spread[:1], alone[:1])[0] < HALF_FIRST_STEP
-        assert worst(spread, alone)[0] < HALF_LOSS
+        spread = run_ranks(ranks, engine_curve, config(train=half, **sections))[0]
+        assert worst(spread[:1], reference[:1])[0] < HALF_FIRST_STEP
+        assert worst(spread, reference)[0] < HALF_LOSS
 
 
 def test_fp16_scales_its_loss() -> None:
