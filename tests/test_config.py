@@ -497,25 +497,19 @@ def test_the_page_is_current_and_the_check_notices_when_it_is_not(tmp_path: Path
 # ---- the light door ----
 
 
-def test_loading_is_quick_and_imports_no_torch(folder: Path) -> None:
+def test_loading_imports_nothing_heavy(folder: Path) -> None:
     script = (
-        "import sys, time\n"
+        "import sys\n"
         "from megalm.config import load\n"
         "from megalm.training.config import RunConfig\n"
         "load('run.yaml', RunConfig)\n"
-        "heavy = {'torch', 'deepspeed', 'megatron', 'transformers', 'numpy'} & set(sys.modules)\n"
-        "print(time.process_time(), *heavy)\n"
+        "print(*({'torch', 'deepspeed', 'megatron', 'transformers', 'numpy'} & set(sys.modules)))\n"
     )
-    seconds = []
-    for _ in range(3):  # the quickest of three: other processes share the machine
-        result = subprocess.run(
-            [sys.executable, "-c", script],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={"PYTHONPATH": str(REPOSITORY)},
-        )
-        spent, *heavy = result.stdout.split()
-        assert not heavy
-        seconds.append(float(spent))
-    assert min(seconds) < 0.6
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(REPOSITORY)},
+    )
+    assert result.stdout.split() == []

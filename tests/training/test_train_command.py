@@ -87,15 +87,11 @@ def run(arguments: list[str], environment: dict[str, str], **options: Any) -> su
 def refused(arguments: list[str], environment: dict[str, str], tmp_path: Path) -> str:
     """The one line that the command says on stderr, before anything slow is imported."""
     environment = environment | {"SPY_REPORT": str(tmp_path / "report")}
-    before = os.times()
     ended = run(arguments, environment)
-    seconds = (after := os.times()).children_user + after.children_system - before.children_user
     assert ended.returncode == 2 and ended.stdout == "", ended.stderr
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1, ended.stderr
     imported = json.loads((tmp_path / "report").read_text())["imported"]
     assert not {"torch", "deepspeed", "megatron"} & set(imported)
-    # Processor time, since others share the machine.
-    assert seconds - before.children_system < 2, "as long as it takes to look at what was typed"
     return ended.stderr.removeprefix("error: ").strip()
 
 
