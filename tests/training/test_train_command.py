@@ -22,6 +22,7 @@ from tests.training.runs import curve, train_run
 Settings = Callable[..., dict[str, Any]]
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))  # where the environment need not be on the path
 COMMAND = [sys.executable, str(REPOSITORY / "megalm" / "train.py")]
 STEPS = 20
 
@@ -234,7 +235,7 @@ def same_curve(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> N
 
 
 def deepspeed(ranks: int, path: str, *arguments: str) -> list[str]:
-    launcher = ["deepspeed", "--num_gpus", str(ranks), "--master_port", free_port()]
+    launcher = [DEEPSPEED, "--num_gpus", str(ranks), "--master_port", free_port()]
     return [*launcher, "megalm/train.py", "--config", path, *arguments]
 
 
