@@ -91,8 +91,6 @@ class Loader:
         """What fixes the order of samples."""
         if state is not None:
             self._check(state)
-        self.samples_per_epoch = [corpus.samples for corpus in corpora]
-        """Windows of each source."""
         self._steps: Iterator[Step] = _steps(
             readers,
             Mixture(corpora, seed, config.shuffle),

@@ -190,7 +190,7 @@ def test_shapes_of_a_step(config: DataConfig, tokenizer: Tokenizer) -> None:
 def test_every_window_exactly_once_per_epoch(folder: Path, tokenizer: Tokenizer, stream: list[list[int]]) -> None:
     config = DataConfig(sources=[SourceConfig(path=str(folder))], prefetch=0)
     loader = make(config, tokenizer, global_batch_size=1)
-    (windows,) = loader.samples_per_epoch
+    windows = window_count(sum(map(len, stream)), LENGTH)
     epochs = [[batches[0] for batches, _ in (next(loader) for _ in range(windows))] for _ in range(2)]
     reader = ShardReader(folder)
     packer = Packer(LENGTH, tokenizer.pad_id, True)
