@@ -23,7 +23,7 @@ ALLOWED = {
     "nvidia_apex": set[str](),
     "nn": {"config", "nvidia_apex"},
     "models": {"nn", "config"},
-    "parallel": {"nn", "layout", "config"},
+    "parallel": {"nn", "optim", "layout", "config"},
     "tokenizer": {"config"},
     "data": {"tokenizer", "config"},
     "curate": {"tokenizer", "config"},

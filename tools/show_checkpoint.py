@@ -94,10 +94,10 @@ def show_tensors(manifest: Manifest) -> None:
 
 def show_statistics(folder: Path, manifest: Manifest) -> None:
     """Print a line for every weight, whole, with the mean, standard deviation and largest magnitude of its entries."""
-    from megalm.checkpoint import weights  # imports torch, which takes seconds
+    from megalm.checkpoint import tensors  # imports torch, which takes seconds
 
     print(f"  {'shape':>16} {'dtype':>9} {'cut along':>9} {'mean':>10} {'std':>10} {'max |x|':>10}  name")
-    for name, tensor in weights.read(folder, manifest):
+    for name, tensor in tensors.read_weights(folder, manifest):
         values = tensor.float()
         statistics = (values.mean().item(), values.std(correction=0).item(), values.abs().max().item())
         numbers = " ".join(f"{number:>10.3g}" for number in statistics)

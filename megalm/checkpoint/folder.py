@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
-
 from megalm.checkpoint import manifest as manifests
+from megalm.checkpoint import tensors
 from megalm.checkpoint.manifest import Manifest
 from megalm.errors import MegalmError
 
@@ -82,21 +81,39 @@ def resolve(path: Path) -> Path:
     raise MegalmError(f"{path} holds no whole checkpoint: name a run folder or RUN/checkpoints/step-N")
 
 
+Description = tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]
+"""A rank's part of a manifest: its files, and its stretches of parameters."""
+
+
+class NotWritten(MegalmError):
+    """A checkpoint could not be written; those before it are as they were. what: the sentence without the way out."""
+
+    def __init__(self, what: str, *, echo: bool):
+        self.what = what
+        super().__init__(
+            f"{what}: make room, or choose another run.directory, and start again; the run continues from its newest "
+            "checkpoint",
+            echo=echo,
+        )
+
+
 def save(
     directory: Path,
     manifest: Manifest,
-    write_shards: Callable[[Path], None],
+    write_shards: Callable[[Path], Description],
     ranks: Ranks,
     *,
     keep_last: int = 0,
+    keep_every: int = 0,
     needed: int = 0,
 ) -> Path:
     """Write RUN/checkpoints/step-N: shards into a temporary folder, manifest last, synced, then renamed.
 
-    write_shards writes this rank's files into the folder it is given. needed: bytes that all files will take, about.
-    Every rank calls save. A crash at any moment leaves the checkpoints before it as they were.
+    write_shards writes this rank's files, synced, into the folder it is given, and describes them; the manifest's
+    `files` and `parameters` are made of that. needed: bytes that all files will take, about. keep_last, keep_every: see
+    CheckpointConfig. Every rank calls save. A crash at any moment leaves the checkpoints before it as they were.
 
-    Raises MegalmError on every rank when a disk is full, read-only or fails on one.
+    Raises NotWritten on every rank when a disk is full, read-only or fails on one.
     """
     name = f"step-{manifest.step}"
     partial, final = directory / f".{name}.partial", directory / name
@@ -108,25 +125,21 @@ def save(
         free = shutil.disk_usage(partial).free
         if free < needed:
             raise OSError(f"it takes about {needed / 1e9:.1f} GB")
+    mine: Description = {}, {}
     with together(ranks, partial):
-        write_shards(partial)
-    files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-    seen = ranks.gather(files)
-    mine = {}
-    with together(ranks, partial):
-        if any(listing != files for listing in seen):
-            raise OSError("the ranks do not see the same files, run.directory must be shared by all machines")
-        # Ranks share the reading back: files are many and large.
-        for file in files[ranks.rank :: ranks.size]:
-            _sync(partial / file)
-            mine[file] = manifests.describe_file(partial / file)
-    described: dict[str, Any] = {}
-    for part in ranks.gather(mine):
-        described |= part
+        mine = write_shards(partial)
+    everyone = ranks.gather(mine)
     with together(ranks, partial):
         if ranks.rank == 0:
-            manifests.write(partial, replace(manifest, files=described))
-            _put_in_place(partial, final, keep_last)
+            files = {file: entry for described, _ in everyone for file, entry in described.items()}
+            for file, entry in files.items():
+                if not (partial / file).exists() or (partial / file).stat().st_size != entry["bytes"]:
+                    raise OSError(
+                        f"{file} of another rank is not seen here, run.directory must be shared by all machines"
+                    )
+            parameters = tensors.merge(table for _, table in everyone)
+            manifests.write(partial, replace(manifest, files=files, parameters=parameters))
+            _put_in_place(partial, final, keep_last, keep_every)
     return final
 
 
@@ -134,12 +147,12 @@ def save(
 def together(ranks: Ranks, partial: Path) -> Iterator[None]:
     """A part of writing a checkpoint that ends on all ranks when it has ended on each.
 
-    Raises MegalmError on all of them if files cannot be written on one; the unfinished checkpoint is cleared away.
+    Raises NotWritten on all of them if files cannot be written on one; the unfinished checkpoint is cleared away.
     """
-    failure: Exception | None = None
+    failure: OSError | None = None
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have their own for a disk
+    except OSError as error:
         failure = error
     mine = "" if failure is None else f"rank {ranks.rank}: {getattr(failure, 'strerror', None) or failure}"
     failures = [found for found in ranks.gather(mine) if found]
@@ -150,15 +163,14 @@ def together(ranks: Ranks, partial: Path) -> Iterator[None]:
     free = shutil.disk_usage(here).free
     if ranks.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-    raise MegalmError(
+    raise NotWritten(
         f"the checkpoint {directory / partial.stem.removeprefix('.')} could not be written ({failures[0]}; "
-        f"{free / 1e9:.1f} GB are free): make room, or choose another run.directory, and start again; the run "
-        "continues from its newest checkpoint",
+        f"{free / 1e9:.1f} GB are free)",
         echo=ranks.rank > 0,
     ) from failure
 
 
-def _put_in_place(partial: Path, final: Path, keep_last: int) -> None:
+def _put_in_place(partial: Path, final: Path, keep_last: int, keep_every: int) -> None:
     """Make a folder that is complete the newest checkpoint."""
     directory, step = final.parent, int(final.name.removeprefix("step-"))
     for inner in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
@@ -179,7 +191,8 @@ def _put_in_place(partial: Path, final: Path, keep_last: int) -> None:
         # Steps ahead of this one are of a course that the run left: never a reason to remove this one.
         behind = [other for other in steps(directory) if other <= step]
         for other in behind[:-keep_last]:
-            _delete(_set_aside(directory / f"step-{other}"))
+            if not keep_every or other % keep_every:
+                _delete(_set_aside(directory / f"step-{other}"))
 
 
 def verify(folder: Path, ranks: Ranks, *, checksums: bool = True) -> Manifest:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megalm.errors import MegalmError
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 
 
@@ -18,8 +18,10 @@ NAME = "manifest.json"
 class Manifest:
     """The state of a run at a step, beside the shards that hold its tensors.
 
-    layout: degrees per axis. data: the loader's state. trainer: the loop's own state. parameters: full name ->
-    {shape, shard_dim, dtype} of every weight, whole. files: name -> {bytes, blake2b}.
+    layout: degrees per axis. data: the loader's state. trainer: the loop's own state. optimizer: its count of
+    updates, and fp16's loss scale. parameters: full name -> {shape, shard_dim, dtype, kinds, pieces} of every weight,
+    whole; dtype is that of the forward pass; kinds are the tensors kept of it, each in these pieces, [rank that wrote
+    it, slice along shard_dim, start in the flattened slice, count]. files: name -> {bytes, blake2b}.
     """
 
     step: int
@@ -28,6 +30,7 @@ class Manifest:
     layout: dict[str, int]
     data: dict[str, Any]
     trainer: dict[str, Any]
+    optimizer: dict[str, Any]
     parameters: dict[str, dict[str, Any]]
     files: dict[str, dict[str, Any]]
     versions: dict[str, str]
@@ -45,21 +48,32 @@ def read(folder: Path) -> Manifest:
         ) from None
     except (OSError, ValueError) as error:
         raise MegalmError(f"{path} cannot be read ({error}): choose another checkpoint of the run") from None
-    known = {field.name for field in fields(Manifest)}
+    known = {field.name for field in fields(Manifest)} | {"blake2b"}
     if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != known:
         raise MegalmError(
-            f"{path} is not a manifest of format {FORMAT}, it was written by another version of megalm: use that "
-            "version, or another checkpoint"
+            f"{path} is not a manifest of format {FORMAT}, it was written by another version of megalm or altered: use "
+            "that version, or another checkpoint"
         )
+    if content.pop("blake2b") != _digest(content):
+        raise MegalmError(f"{path} was altered (its checksum differs): choose another checkpoint of the run")
     return Manifest(**content)
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    path = folder / NAME
-    with path.open("w") as file:
-        json.dump(asdict(manifest), file, indent=1)
+    """A line per field, so that a person can read it, and last the checksum of all of them."""
+    content = asdict(manifest)
+    lines = [
+        f"{json.dumps(key)}: {json.dumps(value)}" for key, value in (*content.items(), ("blake2b", _digest(content)))
+    ]
+    with (folder / NAME).open("w") as file:
+        file.write("{\n" + ",\n".join(lines) + "\n}\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _digest(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def checksum(path: Path) -> str:
@@ -68,10 +82,6 @@ def checksum(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "blake2b": checksum(path)}
 
 
 def faults(folder: Path, manifest: Manifest, names: Iterable[str], *, checksums: bool = True) -> list[str]:

@@ -8,7 +8,7 @@ remember is therefore one number.
 import queue
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,16 @@ Step = tuple[list[Batch], dict[str, Any]]
 """The micro-batches of one step on one rank, and the state of the loader after it."""
 ORDERED_AHEAD = 512
 """Samples whose place is computed at a time, since numpy's cost per call is far above its cost per number."""
+
+_TOLD = {
+    "seed": ("run.seed", "run.seed"),
+    "sequence_length": ("train.sequence_length", "train.sequence_length"),
+    "shuffle": ("data.shuffle", "data.shuffle"),
+    "tokenizer": ("data.tokenizer", "data.tokenizer"),
+    "corpora": ("the content of data.sources", "data.sources"),
+    "weights": ("the weights of data.sources", "data.sources"),
+}
+"""What a blend's fields are to a user, and the config's key of each."""
 
 
 class Loader:
@@ -47,6 +57,7 @@ class Loader:
         seed: int,
         state: Mapping[str, Any] | None = None,
         start: int = 0,
+        allowed: Collection[str] = (),
     ) -> None:
         """Open the shards and start reading ahead.
 
@@ -57,6 +68,8 @@ class Loader:
             sequence_length: S; batches are [micro_batch_size, S].
             state: continue behind this record of an earlier loader.
             start: without a state, the first sample.
+            allowed: keys of the config (as _TOLD names them) that may differ from the state's; the samples then start
+                anew, and `restarted` names them.
 
         Raises:
             MegalmError: shards that are missing, damaged, empty or of another tokenizer; batch sizes that do not
@@ -89,14 +102,16 @@ class Loader:
             "weights": [corpus.weight for corpus in corpora],
         }
         """What fixes the order of samples."""
+        self.restarted = ""
         if state is not None:
-            self._check(state)
+            self.restarted = ", ".join(self._differences(state, allowed))
+            start = 0 if self.restarted else int(state["samples"])
         self._steps: Iterator[Step] = _steps(
             readers,
             Mixture(corpora, seed, config.shuffle),
             Packer(sequence_length, tokenizer.pad_id, config.attend_across_documents),
             self.blend,
-            start if state is None else int(state["samples"]),
+            start,
             rank,
             size,
             global_batch_size,
@@ -123,22 +138,21 @@ class Loader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _check(self, state: Mapping[str, Any]) -> None:
-        told = {
-            "seed": "run.seed",
-            "sequence_length": "train.sequence_length",
-            "shuffle": "data.shuffle",
-            "tokenizer": "data.tokenizer",
-            "corpora": "the content of data.sources",
-            "weights": "the weights of data.sources",
-        }
-        for key, name in told.items():
-            if state["blend"].get(key) != self.blend[key]:
+    def _differences(self, state: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
+        """Allowed keys in which the state's blend is another. Raises MegalmError for others."""
+        found = []
+        for key, (what, name) in _TOLD.items():
+            then, now = state["blend"].get(key), self.blend[key]
+            if then == now:
+                continue
+            if name not in allowed:
+                way = f", or allow it with checkpoint.allow_changes=[{name}]" if name != "data.tokenizer" else ""
                 raise MegalmError(
-                    f"cannot continue at sample {state['samples']:,}: {name} is no longer what the run was started "
-                    f"with ({state['blend'].get(key)}, now {self.blend[key]}), so the samples would be others; restore "
-                    "it, or start a new run"
+                    f"cannot continue at sample {state['samples']:,}: {what} is no longer what the run was started "
+                    f"with ({then}, now {now}), so the samples would be others; restore it, start a new run{way}"
                 )
+            found.append(what)
+        return found
 
 
 def _steps(

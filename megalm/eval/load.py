@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from megalm.checkpoint import folder as checkpoints
 from megalm.checkpoint import manifest as manifests
-from megalm.checkpoint import weights
+from megalm.checkpoint import tensors
 from megalm.checkpoint.manifest import Manifest
 from megalm.errors import MegalmError
 from megalm.models.config import ModelConfig
@@ -36,7 +36,7 @@ def load_model(
         raise MegalmError(f"there is no CUDA device here for a model on {device}: choose the device cpu")
     folder = checkpoints.resolve(Path(path))
     manifest = checkpoints.verify(folder, checkpoints.Alone(), checksums=False)
-    checkpoints.refuse_damaged(folder, manifests.faults(folder, manifest, weights.file_names(manifest)))
+    checkpoints.refuse_damaged(folder, manifests.faults(folder, manifest, tensors.weight_files(manifest)))
     config = model_config(folder, manifest)
     loaded = _tokenizer(tokenizer or manifest.config["data"]["tokenizer"], config, manifest, folder)
     with torch.device("meta"):  # nothing is allocated before device and dtype are known
@@ -102,5 +102,5 @@ def _fill(model: LayerList, folder: Path, manifest: Manifest) -> None:
             f"({theirs.get(different[0])} instead of {shapes.get(different[0])}): use the version of megalm that wrote "
             f"it, {manifest.versions.get('megalm', 'unknown')}"
         )
-    for name, whole in weights.read(folder, manifest):
+    for name, whole in tensors.read_weights(folder, manifest):
         ours[name].copy_(whole)

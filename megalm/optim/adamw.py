@@ -6,6 +6,7 @@ apex: NVIDIA's FusedAdam, GPUs only.
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from megalm.errors import MegalmError
 from megalm.optim.config import OptimizerConfig
 
 KEY = "optimizer.implementation"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of the moments in every implementation's state."""
 _APEX = "apex.optimizers"
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,33 @@ def resolve_implementation(implementation: str, device: str, offload: bool) -> s
             return candidate
         logger.warning("%s: auto passes over %s: %s", KEY, candidate, problem)
     return "torch"
+
+
+def updates(optimizer: torch.optim.Optimizer) -> int:
+    """Steps the optimizer counts behind it."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            return int(state["step"])
+    return int(optimizer.param_groups[0].get("step", 0)) if optimizer.state else 0
+
+
+def prepare(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], count: int) -> None:
+    """Give every parameter moments, zero where there are none yet, and let the optimizer count `count` steps."""
+    plain = isinstance(optimizer, torch.optim.AdamW)
+    by_group = type(optimizer).__module__.startswith("apex.")
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        for moment in MOMENTS:
+            if moment not in state:
+                state[moment] = torch.zeros_like(parameter.data)
+        if plain:
+            fused = optimizer.defaults["fused"]
+            state["step"] = torch.tensor(float(count), device=parameter.device if fused else "cpu")
+        elif not by_group:
+            state["step"] = count
+    if by_group:
+        for group in optimizer.param_groups:
+            group["step"] = count
 
 
 def _problem(implementation: str, device: str, offload: bool) -> str | None:

@@ -25,6 +25,7 @@ OWNED = {
     "zero_optimization.compute_grad_norm": "optimizer.gradient_clipping",
     "zero_optimization.stage": "parallel.zero",
     "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
+    "zero_optimization.offload_param": "parallel.offload_optimizer",  # weights on the host are not proved
     "pipeline": "parallel.pipeline_schedule",
     "tensor_parallel": "parallel.tensor",
     "activation_checkpointing": "parallel.recompute",
@@ -73,7 +74,7 @@ def derive(
 ) -> dict[str, Any]:
     """The config DeepSpeed is started with.
 
-    largest_bucket: parameters this rank holds; DeepSpeed allocates whole communication buckets, which must not
+    largest_bucket: parameters a rank holds, about; DeepSpeed allocates whole communication buckets, which must not
     dwarf a small model.
     """
     bucket = min(500_000_000, largest_bucket)

@@ -8,7 +8,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -16,9 +15,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from torch import Tensor, nn
 
 from megalm.parallel.groups import Groups, quiet
+from megalm.parallel.state import Piece, State, pieces
 
 MicroBatch = tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 LossFunction = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
@@ -82,9 +83,7 @@ class Engine(ABC):
         else:
             guard.norm = lambda: float(engine.optimizer._global_grad_norm)
         self._norm = math.nan
-        self._failures: list[Exception] = []
-        for owner, name in ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")):
-            setattr(owner, name, self._noting(getattr(owner, name)))
+        self.state = State(engine)
         self.num_parameters = self._count()
 
     @property
@@ -109,33 +108,15 @@ class Engine(ABC):
         weighted, tokens = self._weigh(padded, len(padded))
         return self._forward(weighted), tokens
 
-    def save(self, directory: Path, tag: str) -> None:
-        """Write DeepSpeed's shards under directory/tag. All ranks call it.
+    @property
+    def weight_dtype(self) -> str:
+        """Of the forward pass's weights: float32, bfloat16 or float16."""
+        return str(next(self.module.parameters()).dtype).removeprefix("torch.")
 
-        A rank that cannot write raises only at the end: DeepSpeed's ranks wait for each other on the way.
-        """
-        self._failures.clear()
-        with quiet():
-            self.engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
-        if self._failures:
-            raise self._failures[0]
-
-    def load(self, directory: Path, tag: str) -> None:
-        """Read weights and optimizer written by `save` on the same layout."""
-        with quiet():
-            path, _ = self.engine.load_checkpoint(str(directory), tag=tag)
-        assert path is not None, f"DeepSpeed found no checkpoint in {directory / tag}"
-
-    def _noting(self, write: Callable[..., None]) -> Callable[..., None]:
-        """`write`, but what goes wrong with the disk is kept for the end of save()."""
-
-        def write_or_note(*args: Any, **kwargs: Any) -> None:
-            try:
-                write(*args, **kwargs)
-            except (OSError, RuntimeError) as error:  # torch.save raises either
-                self._failures.append(error)
-
-        return write_or_note
+    def pieces(self, layer_names: Sequence[str], *, owned: bool = True) -> Iterator[Piece]:
+        """This rank's part of the training state. owned: over all ranks each number of the model appears once;
+        otherwise all that this rank holds. Views, valid until the next step."""
+        return pieces(self.state, self._named(layer_names, owned), self.groups, owned=owned)
 
     def _weigh(self, micro_batches: Sequence[MicroBatch], count: int) -> tuple[list[MicroBatch], int]:
         """Turn each loss mask into weights under which the engine's averaging over micro-batches and ranks gives
@@ -153,14 +134,18 @@ class Engine(ABC):
     def named_weights(self, layer_names: Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
         """This stage's parameters under their full names, each at one rank of the pipeline, in an order that is the
         same on every data-parallel rank. Under ZeRO 3 a parameter is whole only until the next one is asked for."""
+        for name, parameter in self._named(layer_names, owned=True):
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                yield name, parameter
+
+    def _named(self, layer_names: Sequence[str], owned: bool) -> Iterator[tuple[str, nn.Parameter]]:
+        """This stage's parameters under their full names. owned: those of tied layers at one stage only."""
         for name, parameter in self.module.named_parameters():
-            if getattr(parameter, "ds_pipe_replicated", False):
+            if owned and getattr(parameter, "ds_pipe_replicated", False):
                 continue
             layer, suffix = name.split(".", 1)
             # DeepSpeed keeps tied layers under tied_modules.NAME, all others under their index.
-            full = suffix if layer == "tied_modules" else f"{layer_names[int(layer)]}.{suffix}"
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                yield full, parameter
+            yield suffix if layer == "tied_modules" else f"{layer_names[int(layer)]}.{suffix}", parameter
 
     @abstractmethod
     def _train(self, micro_batches: list[MicroBatch]) -> float: ...
@@ -237,6 +222,10 @@ class _ZeroEngine(Engine):
 class _PipelineEngine(Engine):
     """DeepSpeed's PipelineEngine or DualPipeVEngine: several stages, ZeRO 0 or 1."""
 
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.engine._INSTRUCTION_MAP = self.engine._INSTRUCTION_MAP | {ReduceTiedGrads: _reduce_tied_gradients}
+
     def _train(self, micro_batches: list[MicroBatch]) -> float:
         return self.engine.train_batch(iter(micro_batches)).item()
 
@@ -253,6 +242,36 @@ class _PipelineEngine(Engine):
     @property
     def _is_dualpipev(self) -> bool:
         return isinstance(self.engine, DualPipeVEngine)
+
+
+def _reduce_tied_gradients(engine: Any) -> None:
+    """Sum the gradients of tied layers over the stages that hold a copy.
+
+    DeepSpeed's own looks for them in weight.grad, where they are not if they are accumulated in fp32 beside weights in
+    half precision by ZeRO's optimizer (fp16, or any with offload), and then sums nothing.
+    """
+    for weight, group in engine.module.get_tied_weights_and_groups():
+        if engine.using_bf16_optimizer:
+            gradient = weight._hp_grad
+        elif engine.zero_optimization():
+            gradient = engine.optimizer.get_gradient_for_reduction(weight)
+        else:
+            gradient = weight.grad
+        dist.all_reduce(gradient, group=group)
+
+
+def partition(layer: nn.Module, groups: Groups, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Cut a layer's weights over data-parallel ranks, as ZeRO 3 keeps them, so that no rank ever holds all layers
+    whole. config: DeepSpeed's. All ranks call it for the same layers in the same order."""
+    layer.to(dtype)
+    with quiet():
+        deepspeed.zero.Init(
+            module=layer,
+            data_parallel_group=groups.data_group,
+            config_dict_or_path=config,
+            mpu=groups.grid,
+            dtype=dtype,
+        )
 
 
 def create(

@@ -80,6 +80,10 @@ class Groups:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor.item())
 
+    def beside(self) -> "Beside":
+        """A group of all ranks for another thread, whose messages never mix with this thread's. All ranks call it."""
+        return Beside(self.rank, self.size, dist.new_group(backend="gloo"))
+
     @property
     def topology(self) -> PipeModelDataParallelTopology:
         return self.grid.topology()
@@ -94,6 +98,24 @@ class Groups:
         return self.grid.get_model_parallel_group()
 
 
+@dataclass(frozen=True)
+class Beside:
+    """All ranks, in a process group of its own over host memory."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+    def barrier(self) -> None:
+        dist.barrier(self.group)
+
+    def gather(self, item: Any) -> list[Any]:
+        """`item` of every rank, on every rank, in rank order."""
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self.group)
+        return items
+
+
 def world_size() -> int:
     """Ranks that the launcher started, read from the environment; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -106,6 +128,9 @@ def start(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> N
     # Port 0 lets a group of one take any free port, so that runs beside each other never collide.
     os.environ.setdefault("MASTER_PORT", "0")
     deepspeed.utils.logger.setLevel("ERROR")
+    # On a CPU DeepSpeed would first compile an all-reduce that only its inference calls. A process that is killed
+    # meanwhile leaves a lock behind for which every later one waits for good.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with quiet():
         deepspeed.init_distributed(
             "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout

@@ -1,11 +1,13 @@
 """The composition root: the one place that joins the rooms into a run."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from megalm.checkpoint import manifest as manifests
+from megalm.checkpoint.saver import Saver
 from megalm.config import dump
 from megalm.data.loader import Loader, held_out_batches
 from megalm.errors import MegalmError
@@ -16,7 +18,7 @@ from megalm.nn.kernels import resolve
 from megalm.nn.layers import Layers
 from megalm.nn.loss import token_loss
 from megalm.nn.norm import resolve_norm
-from megalm.optim.adamw import build_optimizer, resolve_implementation
+from megalm.optim.adamw import MOMENTS, build_optimizer, resolve_implementation
 from megalm.optim.parameters import parameter_groups
 from megalm.parallel import deepspeed_config, engine, groups
 from megalm.parallel import device as devices
@@ -36,6 +38,8 @@ from megalm.training.lock import Lock
 from megalm.training.loop import tensors
 from megalm.training.plan import Plan
 from megalm.training.run import Run
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_engine(
@@ -62,16 +66,6 @@ def build_engine(
     def loss(logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return token_loss(layers, logits, *targets, model.z_loss)
 
-    if parallel.pipeline > 1:
-        module: torch.nn.Module = pipeline_module(
-            specs, layers, joined, schedule=parallel.pipeline_schedule, seed=config.run.seed, loss=loss
-        )
-    else:
-        module = build_model(specs, config.run.seed, layers.tensor_rank, layers.tensor_size)
-    decayed = parameter_groups(
-        module.named_parameters(), config.optimizer.weight_decay, lambda name, p: spec_of(p).decay
-    )
-    optimizer = build_optimizer(decayed, config.optimizer, device.type, parallel.offload_optimizer)
     accumulation = joined.layout.accumulation(train.global_batch_size, train.micro_batch_size)
     settings = deepspeed_config.derive(
         parallel,
@@ -80,9 +74,27 @@ def build_engine(
         accumulation=accumulation,
         data_parallel=joined.layout.data,
         gradient_clipping=config.optimizer.gradient_clipping,
-        largest_bucket=sum(p.numel() for p in module.parameters()),
+        largest_bucket=model.num_parameters() // (parallel.tensor * parallel.pipeline)
+        + 2 * model.padded_vocab_size() * model.hidden_size // parallel.tensor,
         extra=config.deepspeed,
     )
+    if parallel.pipeline > 1:
+        module: torch.nn.Module = pipeline_module(
+            specs, layers, joined, schedule=parallel.pipeline_schedule, seed=config.run.seed, loss=loss
+        )
+    else:
+        finish = partial(engine.partition, groups=joined, config=settings, dtype=DTYPES[train.precision])
+        module = build_model(
+            specs,
+            config.run.seed,
+            layers.tensor_rank,
+            layers.tensor_size,
+            *([finish] if parallel.zero == 3 else []),
+        )
+    decayed = parameter_groups(
+        module.named_parameters(), config.optimizer.weight_decay, lambda name, p: spec_of(p).decay
+    )
+    optimizer = build_optimizer(decayed, config.optimizer, device.type, parallel.offload_optimizer)
     built = engine.create(
         module,
         optimizer,
@@ -127,6 +139,7 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     padding = model.padded_vocab_size() - (model.vocab_size or 0)
     tables = 1 if model.tie_word_embeddings else 2
     assert built.num_parameters == model.num_parameters() + padding * model.hidden_size * tables, "a weight is missing"
+    names = [spec.name for spec in specs]
     facts = _facts(planned, device)
     _require_same_kernels(joined, facts)
     run = Run(
@@ -134,7 +147,13 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         joined,
         built,
         lock=lock,
-        layer_names=[spec.name for spec in specs],
+        saver=Saver(
+            sum(piece.count for piece in built.pieces(names)) * (1 + len(MOMENTS)),
+            pinned=device.type == "cuda",
+            asynchronous=config.checkpoint.asynchronous,
+        ),
+        beside=joined.beside(),
+        layer_names=names,
         held_out=_held_out(planned, joined),
         facts=facts,
         # In this order each step: judge, listen, measure, write down, save.
@@ -158,7 +177,10 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         sequence_length=train.sequence_length,
         seed=config.run.seed,
         state=state,
+        allowed=config.checkpoint.allow_changes,
     )
+    if run.loader.restarted:
+        run.say(f"the samples start anew from the first: {run.loader.restarted} changed, which is allowed")
     if run.is_main:
         run.directory.mkdir(parents=True, exist_ok=True)
         (run.directory / "config.yaml").write_text(dump(config))
@@ -212,11 +234,10 @@ def _require_same_kernels(joined: Groups, facts: dict[str, str]) -> None:
 def _facts(planned: Plan, device: torch.device) -> dict[str, str]:
     """What was chosen for this run, for its log."""
     config = planned.config
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision]
     needs = requirements(
         config.model,
         device=device.type,
-        dtype=dtype,
+        dtype=DTYPES[config.train.precision],
         segmented=not config.data.attend_across_documents,
         sequence_length=config.train.sequence_length,
     )

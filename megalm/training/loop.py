@@ -42,6 +42,7 @@ def train(run: Run) -> int:
                 "lr": rate,
                 "grad_norm": result.grad_norm,
                 "tokens": run.tokens,
+                "samples": run.data_state["samples"],
                 "applied": result.applied,
                 "seconds": time.perf_counter() - started,
             }

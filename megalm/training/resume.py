@@ -1,36 +1,36 @@
 """A run's state to and from its checkpoints."""
 
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megalm.checkpoint import folder as checkpoints
-from megalm.checkpoint import weights
+from megalm.checkpoint.config import CHANGEABLE
+from megalm.checkpoint.folder import NotWritten
 from megalm.checkpoint.manifest import Manifest
+from megalm.checkpoint.tensors import Reader, Snapshot
 from megalm.errors import MegalmError
-from megalm.nn.init import spec_of
 from megalm.training.config import RunConfig
 from megalm.training.plan import Plan
 from megalm.training.run import Run
 
-SHARDS = "deepspeed"
-"""Folder inside a checkpoint with DeepSpeed's own files: optimizer, master weights, loss scale."""
-
-_BYTES_PER_PARAMETER = 20
-"""fp32 master weights and two moments, and the weights twice, in up to fp32."""
+BYTES_PER_PARAMETER = 12
+"""fp32 master weight and two moments."""
 
 _SAME = (
     ("model", "it would be another model"),
     ("run.seed", "the samples would come in another order"),
-    ("train.global_batch_size", "the samples would come in another order"),
+    ("train.global_batch_size", "a step would take other samples"),
     ("train.sequence_length", "the samples would be cut elsewhere"),
-    ("train.precision", "the optimizer's state would not fit"),
-    ("parallel.zero", "the optimizer's shards would not fit"),
-    ("parallel.pipeline_schedule", "the stages would not fit"),
-    ("parallel.offload_optimizer", "the optimizer's shards would not fit"),
+    ("train.precision", "the curve would be another"),
     ("data.attend_across_documents", "the samples would be masked otherwise"),
 )
-"""Keys a run keeps for life, and what would happen otherwise."""
+"""Keys a run keeps for life, and what would happen otherwise; the loader sees to those that order the samples."""
+_FREE = ("attention_backend", "norm_implementation")
+"""Keys of the model that say how, not what, it computes."""
 
 
 def directory(config: RunConfig) -> Path:
@@ -61,29 +61,34 @@ def find(config: RunConfig) -> Path | None:
 
 
 def check(manifest: Manifest, plan: Plan, name: str) -> None:
-    """Refuse to continue with another model, order of samples or layout, naming the key."""
+    """Refuse to continue with another model or other samples, naming the key; the layout may be any."""
     ours = plan.config.model_dump()
+    allowed = plan.config.checkpoint.allow_changes
     for path, why in _SAME:
         then, now = _at(manifest.config, path), _at(ours, path)
         if isinstance(then, dict) and isinstance(now, dict):
-            path, then, now = next(
-                ((f"{path}.{k}", then.get(k), now[k]) for k in now if then.get(k) != now[k]), ("", 0, 0)
+            changed = [(f"{path}.{k}", then.get(k), now[k]) for k in now if then.get(k) != now[k] and k not in _FREE]
+        else:
+            changed = [(path, then, now)] if then != now else []
+        for key, before, after in changed:
+            if key in allowed:
+                continue
+            otherwise = (
+                f", or allow it with checkpoint.allow_changes=[{key}] ({CHANGEABLE[key]})" if key in CHANGEABLE else ""
             )
-        if then != now:
             raise MegalmError(
-                f"{name} was trained with {path}={then} and the config says {now}: {why}; "
-                f"set {path}={then}, or choose another run.directory"
+                f"{name} was trained with {key}={before} and the config says {after}: {why}; "
+                f"set {key}={before}, choose another run.directory{otherwise}"
             )
-    layout = _layout(plan)
-    if manifest.layout != layout:
-        raise MegalmError(
-            f"{name} was written by {_words(manifest.layout)} and this run has {_words(layout)}: "
-            "resuming on another layout is not supported yet, start the same ranks and degrees"
-        )
 
 
-def save(run: Run) -> None:
-    """Write RUN/checkpoints/step-N. Every rank calls it."""
+def save(run: Run, *, wait: bool) -> None:
+    """Write RUN/checkpoints/step-N, beside the training that goes on unless `wait`. Every rank calls it.
+
+    Raises NotWritten if `wait` and it cannot be written.
+    """
+    started = time.perf_counter()
+    settle(run, wait=True)
     manifest = Manifest(
         step=run.step,
         tokens=run.tokens,
@@ -91,33 +96,81 @@ def save(run: Run) -> None:
         layout=_layout(run.plan),
         data=run.data_state,
         trainer={type(callback).__name__: state for callback in run.callbacks if (state := callback.state())},
-        parameters=_parameters(run),
+        optimizer={"updates": run.engine.state.updates, "loss_scale": run.engine.state.scale()},
+        parameters={},
         files={},
         versions={name: version(name) for name in ("megalm", "torch", "deepspeed", "megatron-core")},
     )
-    checkpoints.save(
-        directory(run.config),
-        manifest,
-        lambda folder: _write(run, folder),
-        run.groups,
-        keep_last=run.config.checkpoint.keep_last,
-        needed=run.engine.num_parameters * _BYTES_PER_PARAMETER,
-    )
-    run.say(f"saved {directory(run.config) / f'step-{run.step}'}")
+    rank, config, ranks = run.groups.rank, run.config.checkpoint, run.beside
+
+    def write(snapshot: Snapshot) -> Path:
+        return checkpoints.save(
+            directory(run.config),
+            manifest,
+            lambda folder: (snapshot.write(folder, rank), snapshot.table),
+            ranks,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            needed=run.engine.num_parameters * BYTES_PER_PARAMETER,
+        )
+
+    run.saver.save(run.engine.pieces(run.layer_names), rank, run.engine.weight_dtype, write)
+    if wait:
+        settle(run, wait=True, fatal=True)
+    run.blocked = time.perf_counter() - started
+
+
+def settle(run: Run, *, wait: bool, fatal: bool = False) -> None:
+    """Tell how the save under way ended, if it has; `wait` for that. Every rank calls it.
+
+    Raises NotWritten if `fatal` and it could not be written; otherwise the run goes on and counts.
+    """
+    outcome = run.saver.outcome(wait=wait)
+    if isinstance(outcome, Path):
+        run.say(f"saved {outcome}")
+    elif isinstance(outcome, NotWritten):
+        if fatal:
+            raise outcome
+        run.failed_saves += 1
+        newest = checkpoints.newest(directory(run.config)) if run.is_main else None
+        run.say(
+            f"warning: {outcome.what}; training goes on with {newest or 'no checkpoint'} as the newest one "
+            f"({run.failed_saves} not written so far)"
+        )
 
 
 def restore(run: Run, folder: Path) -> dict[str, Any]:
-    """Load a checkpoint into the engine and the callbacks; returns the loader's state. Every rank calls it."""
+    """Load a checkpoint of any layout into the engine and the callbacks; returns the loader's state. Every rank calls
+    it."""
     manifest = checkpoints.verify(folder, run.groups)
     check(manifest, run.plan, str(folder))
     for change in _changes(manifest.config, run.config.model_dump()):
         run.say(f"changed since {folder.name}: {change}")
-    run.engine.load(folder, SHARDS)
-    run.step, run.tokens = manifest.step, manifest.tokens
+    if manifest.layout != _layout(run.plan):
+        run.say(f"{folder.name} was written by {_words(manifest.layout)}: reading it as {_words(_layout(run.plan))}")
+    _fill(run, folder, manifest)
     for callback in run.callbacks:
         if (state := manifest.trainer.get(type(callback).__name__)) is not None:
             callback.restore(state)
     return manifest.data
+
+
+@torch.no_grad()
+def _fill(run: Run, folder: Path, manifest: Manifest) -> None:
+    """Weights, moments and step from a checkpoint."""
+    state, tensor_size = run.engine.state, run.plan.layout.tensor
+    state.prepare(manifest.optimizer["updates"])
+    with Reader(folder, manifest) as reader:
+        for piece in run.engine.pieces(run.layer_names, owned=False):
+            for kind, tensor in piece.tensors.items():
+                tensor.copy_(
+                    reader.stretch(
+                        piece.name, kind, piece.shard_dim, piece.tensor_rank, tensor_size, piece.start, piece.count
+                    )
+                )
+    state.publish()
+    state.set_scale(manifest.optimizer["loss_scale"])
+    run.step, run.tokens = manifest.step, manifest.tokens
 
 
 def roll_back(run: Run) -> int:
@@ -125,6 +178,7 @@ def roll_back(run: Run) -> int:
 
     Raises MegalmError if there is no checkpoint yet.
     """
+    settle(run, wait=True)
     newest = run.groups.decide(lambda: checkpoints.newest(directory(run.config)))
     if newest is None:
         raise MegalmError(
@@ -132,8 +186,7 @@ def roll_back(run: Run) -> int:
             "lower checkpoint.every or set the policy to skip"
         )
     manifest = checkpoints.verify(newest, run.groups)
-    run.engine.load(newest, SHARDS)
-    run.step, run.tokens = manifest.step, manifest.tokens
+    _fill(run, newest, manifest)
     return manifest.step
 
 
@@ -158,30 +211,3 @@ def _layout(plan: Plan) -> dict[str, int]:
 
 def _words(layout: dict[str, int]) -> str:
     return " x ".join(f"{axis} {degree}" for axis, degree in layout.items())
-
-
-def _parameters(run: Run) -> dict[str, Any]:
-    """The manifest's table of weights, in the order of the layers."""
-    tensor_size = run.plan.layout.tensor
-    mine = {
-        name: weights.describe(parameter, spec_of(parameter).shard_dim, tensor_size)
-        for name, parameter in run.engine.named_weights(run.layer_names)
-    }
-    everyone: dict[str, Any] = {}
-    for part in run.groups.gather(mine if run.groups.data_rank == 0 and run.groups.tensor_rank == 0 else {}):
-        everyone |= part
-    order = {name: index for index, name in enumerate(run.layer_names)}
-    layer_of = {name: max((layer for layer in order if name.startswith(layer + ".")), key=len) for name in everyone}
-    return dict(sorted(everyone.items(), key=lambda item: order[layer_of[item[0]]]))
-
-
-def _write(run: Run, folder: Path) -> None:
-    """This rank's files: DeepSpeed's shards, and weights once per (stage, tensor) slice."""
-    with checkpoints.together(run.groups, folder):  # whoever failed here would be missed while weights are gathered
-        run.engine.save(folder, SHARDS)
-    named = run.engine.named_weights(run.layer_names)
-    if run.groups.data_rank == 0:
-        weights.write(folder, run.groups.stage, run.groups.tensor_rank, named)
-    else:
-        for _ in named:  # under ZeRO 3 every data-parallel rank takes part in gathering each weight
-            pass

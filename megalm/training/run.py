@@ -7,9 +7,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megalm.checkpoint.saver import Saver
 from megalm.data.loader import Loader
 from megalm.parallel.engine import Engine, MicroBatch
-from megalm.parallel.groups import Groups
+from megalm.parallel.groups import Beside, Groups
 from megalm.training.config import RunConfig
 from megalm.training.lock import Lock
 from megalm.training.plan import Plan
@@ -41,14 +42,17 @@ class Callback:
 @dataclass
 class Run:
     """layer_names: of the whole model, in order. held_out: this rank's micro-batches per corpus. facts: what
-    was chosen for this run, for its log. step: optimizer steps done. tokens: trained tokens so far. stop: an exit
-    code once the run should end."""
+    was chosen for this run, for its log. beside: all ranks, for the saver's thread. step: optimizer steps done. tokens:
+    trained tokens so far. stop: an exit code once the run should end. blocked: seconds the newest save held up
+    training. failed_saves: checkpoints that could not be written."""
 
     plan: Plan
     groups: Groups
     engine: Engine
     callbacks: list[Callback]
     lock: Lock
+    saver: Saver
+    beside: Beside
     layer_names: list[str]
     held_out: dict[str, list[MicroBatch]]
     facts: dict[str, str]
@@ -57,6 +61,8 @@ class Run:
     data_state: dict[str, Any] = field(default_factory=dict)
     loader: Loader = field(init=False)
     stop: int | None = None
+    blocked: float = 0.0
+    failed_saves: int = 0
 
     @property
     def config(self) -> RunConfig:

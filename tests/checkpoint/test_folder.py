@@ -25,20 +25,37 @@ def _no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 EMPTY = Manifest(
-    step=0, tokens=0, config={}, layout={}, data={}, trainer={}, parameters={}, files={}, versions={"megalm": "0"}
+    step=0,
+    tokens=0,
+    config={},
+    layout={},
+    data={},
+    trainer={},
+    optimizer={},
+    parameters={},
+    files={},
+    versions={"megalm": "0"},
 )
 
 
-def shards(content: str) -> Callable[[Path], None]:
+def write_files(folder: Path, contents: dict[str, str]) -> checkpoints.Description:
+    """Files, synced, and their description, as a rank's shards are."""
+    described = {}
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        described[name] = {"bytes": path.stat().st_size, "blake2b": manifests.checksum(path)}
+    return described, {}
+
+
+def shards(content: str) -> Callable[[Path], checkpoints.Description]:
     """Files like a run's: one at the top, two in a folder."""
-
-    def write(folder: Path) -> None:
-        (folder / "weights").write_text(content)
-        (folder / "deepspeed").mkdir()
-        for rank in range(2):
-            (folder / "deepspeed" / f"rank-{rank}").write_text(f"{content} of rank {rank}")
-
-    return write
+    inner = {f"inner/rank-{rank}": f"{content} of rank {rank}" for rank in range(2)}
+    return lambda folder: write_files(folder, {"weights": content, **inner})
 
 
 def save(directory: Path, step: int, keep_last: int = 0, content: str = "") -> Path:
@@ -61,7 +78,7 @@ def test_save_writes_a_whole_checkpoint_and_latest(tmp_path: Path) -> None:
     folder = save(directory, 20)
     assert folder == directory / "step-20"
     assert (directory / "latest").read_text() == "step-20\n"
-    assert manifests.read(folder).files.keys() == {"weights", "deepspeed/rank-0", "deepspeed/rank-1"}
+    assert manifests.read(folder).files.keys() == {"weights", "inner/rank-0", "inner/rank-1"}
     assert content(folder) == "step 20"
     assert not leftovers(directory)
 
@@ -93,6 +110,13 @@ def test_keep_last(tmp_path: Path) -> None:
     save(tmp_path, 6, keep_last=1)
     assert checkpoints.steps(tmp_path) == [6]
     assert not leftovers(tmp_path)
+
+
+def test_keep_every(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50):
+        manifest = replace(EMPTY, step=step)
+        checkpoints.save(tmp_path, manifest, shards(""), Alone(), keep_last=1, keep_every=20)
+    assert checkpoints.steps(tmp_path) == [20, 40, 50]
 
 
 def test_a_run_that_goes_back_keeps_what_it_then_writes(tmp_path: Path) -> None:
@@ -277,8 +301,8 @@ def on_ranks(size: int, work: Callable[[Threads], None]) -> list[Exception | Non
 
 def test_ranks_write_and_verify_one_checkpoint_together(tmp_path: Path) -> None:
     def write(ranks: Threads) -> None:
-        def shard(folder: Path) -> None:
-            (folder / f"rank-{ranks.rank}").write_text(f"rank {ranks.rank}")
+        def shard(folder: Path) -> checkpoints.Description:
+            return write_files(folder, {f"rank-{ranks.rank}": f"rank {ranks.rank}"})
 
         checkpoints.save(tmp_path, replace(EMPTY, step=1), shard, ranks)
 
@@ -312,7 +336,7 @@ def _at(monkeypatch: pytest.MonkeyPatch, name: str, rank: int) -> None:
 
 @pytest.mark.parametrize(
     ("function", "rank"),
-    [("Path.mkdir", 0), ("not shared", 2), ("_sync", 1), ("manifests.write", 0), ("_put_in_place", 0), ("shard", 2)],
+    [("Path.mkdir", 0), ("not shared", 2), ("_sync", 0), ("manifests.write", 0), ("_put_in_place", 0), ("shard", 2)],
 )
 def test_a_disk_that_fails_on_one_rank_is_an_error_on_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, rank: int
@@ -320,10 +344,10 @@ def test_a_disk_that_fails_on_one_rank_is_an_error_on_all(
     save(tmp_path, 10)
 
     def write(ranks: Threads) -> None:
-        def shard(folder: Path) -> None:
-            (folder / f"rank-{ranks.rank}").write_text("x")
+        def shard(folder: Path) -> checkpoints.Description:
             if function == "shard" and ranks.rank == rank:
                 _fail()
+            return write_files(folder, {f"rank-{ranks.rank}": "x"})
 
         checkpoints.save(tmp_path, replace(EMPTY, step=20), shard, ranks)
 
@@ -379,8 +403,8 @@ def test_verify_names_the_file_and_the_newest_other_checkpoint(tmp_path: Path, f
     for step in (10, 20, 30):
         save(tmp_path, step)
     damage, words = FAULTS[fault]
-    damage(tmp_path / "step-30" / "deepspeed" / "rank-1")
-    message = f"step-30 is damaged: deepspeed/rank-1 ({words}); use {tmp_path}/step-20 instead"
+    damage(tmp_path / "step-30" / "inner" / "rank-1")
+    message = f"step-30 is damaged: inner/rank-1 ({words}); use {tmp_path}/step-20 instead"
     with pytest.raises(MegalmError, match=message):
         checkpoints.verify(tmp_path / "step-30", Alone())
     # one that is damaged itself is not offered, whether a file or its manifest is

@@ -10,14 +10,12 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
-from megalm.checkpoint import folder as checkpoints
-from megalm.checkpoint import weights
-from megalm.checkpoint.manifest import Manifest
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import LayerList, build_model, decoder
 from megalm.nn.layers import Layers
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load
+from tests.checkpoint import writing
 
 SIZES: dict[str, Any] = {
     "vocab_size": 257,
@@ -96,34 +94,22 @@ def save_checkpoint(
     fingerprint: str | None = None,
 ) -> Path:
     """A checkpoint as the ranks of this layout write it. fingerprint: of the tokenizer, as the loader records it."""
-    whole = {name: parameter.detach() for name, parameter in model.named_weights().items()}
+    whole = writing.with_moments({name: parameter.detach() for name, parameter in model.named_weights().items()})
     names = list(whole)
-    stage_of = {name: index * pipeline // len(names) for index, name in enumerate(names)}
-
-    def write(folder: Path) -> None:
-        for stage in range(pipeline):
-            for rank in range(tensor):
-                mine = [name for name in names if stage_of[name] == stage]
-                slices = {
-                    name: whole[name] if cut(name) is None else whole[name].chunk(tensor, cut(name))[rank]
-                    for name in mine
-                }
-                weights.write(folder, stage, rank, slices.items())
-        (folder / "deepspeed").mkdir()
-        (folder / "deepspeed" / "optimizer.pt").write_bytes(b"not read by eval")
-
-    manifest = Manifest(
+    everyone = writing.ranks(
+        whole, cut, lambda name: names.index(name) * pipeline // len(names), pipeline=pipeline, tensor=tensor
+    )
+    return writing.save(
+        directory,
+        everyone,
+        {"pipeline": pipeline, "data": 1, "tensor": tensor},
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         step=step,
         tokens=step * 1024,
         config={"model": config.model_dump(), "data": {"tokenizer": str(tokenizer_path)}},
-        layout={"pipeline": pipeline, "data": 1, "tensor": tensor},
         data={"samples": 320, "blend": {"tokenizer": fingerprint}} if fingerprint else {},
-        trainer={},
-        parameters={name: weights.describe(tensor, cut(name), 1) for name, tensor in whole.items()},
-        files={},
         versions={"megalm": "0.1.0"},
-    )
-    return checkpoints.save(directory, manifest, write, checkpoints.Alone())
+    )[0]
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def test_show_checkpoint(run: Path, make_model: Callable[..., tuple]) -> None:
     assert "step 20" in lines and "tokens 20,480 trained" in lines
     assert "layout pipeline 1 x data 1 x tensor 2" in lines and "versions megalm 0.1.0" in lines
     assert "samples: 320" in lines
-    assert "verified all 3 files are as they were written" in lines
+    assert "verified all 4 files are as they were written" in lines
     (embedding,) = (line.split() for line in lines if line.endswith("embedding.table.weight"))
     assert embedding[:5] == ["384", "x", "48", "float32", "0"]
     table = make_model()[0].named_weights()["embedding.table.weight"].detach()
@@ -90,9 +90,10 @@ def test_show_checkpoint_names_what_is_damaged(
 ) -> None:
     for step in (10, 20):
         folder = make_checkpoint(tmp_path / "checkpoints", *make_model(), tokenizer_path, step=step)
-    weights, other = "weights-stage-000-tensor-000.safetensors", "deepspeed/optimizer.pt"
+    weights, other = "weights-rank-00000.safetensors", "moments-rank-00000.safetensors"
     (folder / weights).unlink()
-    (folder / other).write_bytes(b"NOT READ BY EVAL")
+    content = (folder / other).read_bytes()
+    (folder / other).write_bytes(content[:-1] + b"!")
     # sizes are always compared, contents with --verify
     code, out, err = command("show_checkpoint", folder)
     assert code == 2 and f"DAMAGED      {weights} is missing" in out and other not in out

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from megalm.checkpoint import manifest as manifests
+from megalm.checkpoint.tensors import Reader
+
 
 def train_run(tree: dict[str, Any], sabotage: Callable[[Any], None] | None = None) -> int:
     """Train as train.py does; returns the exit code. sabotage is given the Run before its first step."""
@@ -17,20 +20,24 @@ def train_run(tree: dict[str, Any], sabotage: Callable[[Any], None] | None = Non
     from megalm.training.config import RunConfig
     from megalm.training.loop import train
     from megalm.training.plan import plan
+    from megalm.training.run import Run
 
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     planned = plan(RunConfig.model_validate(tree), int(os.environ["WORLD_SIZE"]))
+    Run.say = _note  # type: ignore[method-assign]
     run = build(planned, device.choose("cpu"))
-    run.say = lambda message: _note(run.directory / "said.txt", message)  # type: ignore[method-assign]
     if sabotage:
         sabotage(run)
     return train(run)
 
 
-def _note(path: Path, message: str) -> None:
-    with path.open("a") as file:
-        file.write(message + "\n")
+def _note(run: Any, message: str) -> None:
+    """What the run says, in said.txt."""
+    if run.is_main:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        with (run.directory / "said.txt").open("a") as file:
+            file.write(message + "\n")
 
 
 def curve(tree: dict[str, Any]) -> list[dict[str, Any]]:
@@ -41,26 +48,21 @@ def curve(tree: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def state(tree: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint: weights, master weights and moments, by file and place."""
+    """Every tensor of a checkpoint, weights and moments, by the place where its layout keeps it."""
     folder = Path(tree["run"]["directory"]) / "checkpoints" / f"step-{step}"
-    found: dict[str, torch.Tensor] = {}
+    return {key: tensor for path in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(path).items()}
 
-    def walk(name: str, item: Any) -> None:
-        if isinstance(item, torch.Tensor):
-            found[name] = item
-        elif isinstance(item, dict):
-            for key, value in item.items():
-                walk(f"{name}/{key}", value)
-        elif isinstance(item, list | tuple):
-            for index, value in enumerate(item):
-                walk(f"{name}/{index}", value)
 
-    for path in sorted(folder.rglob("*")):
-        if path.suffix == ".safetensors":
-            walk(path.name, load_file(path))
-        elif path.suffix == ".pt":
-            walk(path.name, torch.load(path, map_location="cpu", weights_only=False))
-    return found
+def whole_state(tree: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, whatever layout wrote it."""
+    folder = Path(tree["run"]["directory"]) / "checkpoints" / f"step-{step}"
+    manifest = manifests.read(folder)
+    with Reader(folder, manifest) as reader:
+        return {
+            f"{name}/{kind}": reader.whole(name, kind)
+            for name, entry in manifest.parameters.items()
+            for kind in entry["kinds"]
+        }
 
 
 class SignalAt:

@@ -2,17 +2,23 @@
 
 from typing import Any
 
-from megalm.training.resume import save
+from megalm.training.resume import save, settle
 from megalm.training.run import PREEMPTED, Callback, Run
 
 
 class Checkpoints(Callback):
-    """Stands after the callbacks whose state it saves."""
+    """Stands after the callbacks whose state it saves. Only a run that ends waits for its checkpoint."""
 
     def __init__(self, every: int):
         self._every = every
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
         due = run.due(self._every) and not record.get("rolled_back")
-        if due or run.stop == PREEMPTED:
-            save(run)
+        ending = run.is_last_step or run.stop == PREEMPTED
+        if due or ending:
+            save(run, wait=ending)
+        else:
+            settle(run, wait=False)
+
+    def on_end(self, run: Run) -> None:
+        settle(run, wait=True)

@@ -57,6 +57,8 @@ class Metrics(Callback):
         record |= {"tokens_per_second": rate, "memory": self._memory(), "time": time.time()}
         if self._device.type == "cuda":
             record |= self._utilisation(run, rate)
+        if run.failed_saves:
+            record["failed_saves"] = run.failed_saves
         for sink in self._sinks:
             sink.write(record)
         self._written = True
