@@ -64,17 +64,18 @@ def updates(optimizer: torch.optim.Optimizer) -> int:
 
 def prepare(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], count: int) -> None:
     """Give every parameter moments, zero where there are none yet, and let the optimizer count `count` steps."""
-    plain = isinstance(optimizer, torch.optim.AdamW)
     by_group = type(optimizer).__module__.startswith("apex.")
     for parameter in parameters:
         state = optimizer.state[parameter]
         for moment in MOMENTS:
             if moment not in state:
                 state[moment] = torch.zeros_like(parameter.data)
-        if plain:
+        if by_group:
+            continue
+        if isinstance(optimizer, torch.optim.AdamW):
             fused = optimizer.defaults["fused"]
             state["step"] = torch.tensor(float(count), device=parameter.device if fused else "cpu")
-        elif not by_group:
+        else:
             state["step"] = count
     if by_group:
         for group in optimizer.param_groups:

@@ -235,6 +235,19 @@ def test_resuming_another_blend_is_refused_by_name(
     }
     with pytest.raises(MegalmError, match=named[change]):
         make(changed, tokenizer, state=state, **options)
+    # Each may be allowed, but for the tokenizer: then the samples start anew, and the loader says why.
+    if change == "tokenizer":
+        with pytest.raises(MegalmError, match="restore it, start a new run$"):
+            make(changed, tokenizer, state=state)
+        return
+    allowed = [named[change].split()[-1]]
+    again = make(changed, tokenizer, state=state, allowed=allowed, **options)
+    assert again.restarted == named[change]
+    fresh = make(changed, tokenizer, **options)
+    (ours, after), (theirs, _) = next(again), next(fresh)
+    np.testing.assert_array_equal(ours[0].tokens, theirs[0].tokens)
+    # From then on there is nothing to allow.
+    assert make(changed, tokenizer, state=after, **options).restarted == ""
 
 
 def test_refusals(config: DataConfig, tokenizer: Tokenizer, texts: list[str]) -> None:

@@ -214,3 +214,49 @@ def test_a_broken_apex(apex_folder, monkeypatch, body, message):
     pretend_cuda_is_cpu(monkeypatch)
     with pytest.raises(MegalmError, match=message):
         resolve_implementation("apex", "cuda", offload=False)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "torch_fused", "deepspeed"])
+@pytest.mark.parametrize("lost", [None, "updates", "exp_avg"])
+def test_state_goes_on_in_another_optimizer(implementation: str, lost: str | None) -> None:
+    """What prepare() makes and updates() tells is all that a new optimizer needs; with less it is another one."""
+    config = OptimizerConfig(learning_rate=1e-2, implementation=implementation)
+    if adamw._problem(implementation, "cpu", False):
+        pytest.skip("it is not built here")
+
+    def make(weights: list[torch.Tensor]) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+        parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+        return parameters, build_optimizer([{"params": parameters, "weight_decay": 0.1}], config, "cpu", False)
+
+    def step(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, number: int) -> None:
+        for parameter, gradient in zip(parameters, gradients()[number], strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+
+    ours, optimizer = make(start())
+    assert adamw.updates(optimizer) == 0
+    for number in range(4):
+        step(ours, optimizer, number)
+    assert adamw.updates(optimizer) == 4
+    theirs, other = make([parameter.detach() for parameter in ours])
+    adamw.prepare(other, theirs, adamw.updates(optimizer) if lost != "updates" else 0)
+    for a, b in zip(theirs, ours, strict=True):
+        for moment in adamw.MOMENTS:
+            if moment != lost:
+                other.state[a][moment].copy_(optimizer.state[b][moment])
+    for number in range(4, 7):
+        step(ours, optimizer, number)
+        step(theirs, other, number)
+    assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True)) == (lost is None)
+    assert (adamw.updates(other) == adamw.updates(optimizer) == 7) == (lost != "updates")
+
+
+def test_apex_counts_by_group(apex_folder, monkeypatch):
+    make_nvidia(apex_folder, FUSED_ADAM)
+    monkeypatch.setattr(adamw, "_self_check", lambda implementation, device, offload: None)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = build_optimizer([{"params": [weight]}], OptimizerConfig(implementation="apex"), "cuda", offload=False)
+    assert adamw.updates(optimizer) == 0
+    adamw.prepare(optimizer, [weight], 5)
+    assert optimizer.param_groups[0]["step"] == 5 == adamw.updates(optimizer)
+    assert optimizer.state[weight].keys() == set(adamw.MOMENTS)
