@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from megalm.checkpoint import folder as checkpoints
 from megalm.checkpoint.config import CHANGEABLE
@@ -160,8 +161,16 @@ def _fill(run: Run, folder: Path, manifest: Manifest) -> None:
     """Weights, moments and step from a checkpoint."""
     state, tensor_size = run.engine.state, run.plan.layout.tensor
     state.prepare(manifest.optimizer["updates"])
+    pieces = tqdm(  # seen where it takes long, and only on a terminal
+        run.engine.pieces(run.layer_names, owned=False),
+        desc=f"reading {folder.name}",
+        total=len(manifest.parameters) // run.plan.layout.pipeline,
+        delay=5.0,
+        leave=False,
+        disable=None if run.is_main else True,
+    )
     with Reader(folder, manifest) as reader:
-        for piece in run.engine.pieces(run.layer_names, owned=False):
+        for piece in pieces:
             for kind, tensor in piece.tensors.items():
                 tensor.copy_(
                     reader.stretch(

@@ -249,6 +249,37 @@ def test_deepspeeds_launcher(
     same_curve(curve(tree(settings, "run")), whole)
 
 
+def test_a_killed_launch_goes_on_under_other_layouts(
+    config: Callable[..., str],
+    settings: Settings,
+    environment: dict[str, str],
+    whole: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """kill -9 for the launcher and all its ranks, twice, each time in another layout."""
+    path, metrics = config(), tmp_path / "run" / "metrics.jsonl"
+    layouts = ((2, ("--set", "parallel.zero=3")), (4, ("--set", "parallel.tensor=2", "--set", "parallel.pipeline=2")))
+    for lines, (ranks, arguments) in zip((7, 13), layouts, strict=True):
+        process = subprocess.Popen(
+            deepspeed(ranks, path, *arguments),
+            env=environment,
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            text=True,
+        )
+        wait_for(lines, metrics, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=60)
+    ended = run(["--config", path], environment)
+    assert ended.returncode == 0, ended.stderr
+    assert "was written by pipeline 2 x data 1 x tensor 2: reading it as pipeline 1 x data 1 x tensor 1" in ended.stdout
+    found = curve(tree(settings, "run"))
+    same_curve(found, whole)
+    assert [record["samples"] for record in found] == [16 * step for step in range(1, STEPS + 1)]
+
+
 def test_a_rank_that_dies_ends_the_launcher_in_error(config: Callable[..., str], environment: dict[str, str]) -> None:
     ended = launched(deepspeed(2, config()), environment | {"SPY_KILL": "1"})
     assert ended.returncode != 0
