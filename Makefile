@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format
+.PHONY: help setup demo test test-gpu test-matrix lint format
 
 # An environment is active if its activate script ran (conda's base environment is the system, not an environment).
 ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
@@ -56,7 +56,7 @@ demo: setup ## train a small model on real text and let it write; CORPUS=path fo
 	@echo && echo "What it writes:" && echo
 	@$(PYTHON) tools/generate.py $(DEMO)/run --prompt "The following" --max-new-tokens 120 --temperature 0.7 --top-p 0.9
 
-test test-gpu: export OMP_NUM_THREADS ?= 1
+test test-gpu test-matrix: export OMP_NUM_THREADS ?= 1
 
 test: setup ## run every test this machine can run
 	$(PYTHON) -m pytest
@@ -64,11 +64,16 @@ test: setup ## run every test this machine can run
 test-gpu: setup ## run the tests that need a CUDA device
 	$(PYTHON) -m pytest -m gpu
 
-lint: setup ## check style, types and that docs/config.md is current
+test-matrix: setup ## hold every layout against one process, and write what is proved (an hour on two cores)
+	$(PYTHON) -m tests.distributed.matrix
+	$(PYTHON) tools/write_support_docs.py
+
+lint: setup ## check style, types and that the written docs are current
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(PYTHON) tools/write_config_docs.py --check
+	$(PYTHON) tools/write_support_docs.py --check
 
 format: setup ## rewrite the code in the house style
 	$(PYTHON) -m ruff check --fix .

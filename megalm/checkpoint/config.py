@@ -15,10 +15,11 @@ CHANGEABLE = {
     "model.hidden_dropout": "other shares are dropped",
     "model.attention_dropout": "other shares are dropped",
     "model.z_loss": "the loss has another term",
-    "model.max_position_embeddings": "a table of positions must keep its rows",
+    "model.max_position_embeddings": "dropout draws others; not with learned positions, whose table must keep its rows",
     "model.rope_theta": "positions are encoded otherwise",
     "model.rope_scaling": "positions are encoded otherwise",
     "model.sliding_window": "tokens see other tokens",
+    "deepspeed": "DeepSpeed does what it then says",
 }
 """Keys whose change makes another run of it, and what then happens. Others cannot change, or may at any time."""
 

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,8 @@ from megalm.checkpoint.manifest import Manifest
 from megalm.errors import MegalmError
 
 LATEST = "latest"
+WENT_BACK = "went-back"
+"""Names the checkpoint that the run was last told to go back to."""
 
 
 class Ranks(Protocol):
@@ -45,12 +47,8 @@ class Alone:
 
 def steps(directory: Path) -> list[int]:
     """Steps of the whole checkpoints in RUN/checkpoints, ascending."""
-    found = []
-    for folder in directory.glob("step-*"):
-        match = re.fullmatch(r"step-(\d+)", folder.name)
-        if match and (folder / manifests.NAME).exists():
-            found.append(int(match.group(1)))
-    return sorted(found)
+    whole = (folder for folder in directory.glob("step-*") if (folder / manifests.NAME).exists())
+    return sorted(number for folder in whole if (number := _number(folder)) >= 0)
 
 
 def newest(directory: Path) -> Path | None:
@@ -64,6 +62,23 @@ def newest(directory: Path) -> Path | None:
     if named in found:
         return directory / named
     return directory / found[-1] if found else None
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises MegalmError if it is damaged, naming the newest whole one beside it."""
+    try:
+        return manifests.read(folder)
+    except manifests.Unreadable as error:
+        refuse_damaged(folder, [error.fault])
+        raise
+
+
+def refuse_headless(directory: Path) -> None:
+    """Raises MegalmError if the checkpoint that `latest` names is there without its manifest: it was damaged since."""
+    pointer = directory / LATEST
+    named = directory / pointer.read_text(errors="replace").strip() if pointer.exists() else directory
+    if _number(named) >= 0 and named.is_dir() and not (named / manifests.NAME).exists():
+        refuse_damaged(named, [f"{manifests.NAME} is missing"])
 
 
 def resolve(path: Path) -> Path:
@@ -120,7 +135,7 @@ def save(
     with together(ranks, partial):
         if ranks.rank == 0:
             recover(directory)
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True, exist_ok=True)
     with together(ranks, partial):
         free = shutil.disk_usage(partial).free
         if free < needed:
@@ -139,7 +154,10 @@ def save(
                     )
             parameters = tensors.merge(table for _, table in everyone)
             manifests.write(partial, replace(manifest, files=files, parameters=parameters))
-            _put_in_place(partial, final, keep_last, keep_every)
+            _put_in_place(partial, final)
+    if ranks.rank == 0 and keep_last:
+        with suppress(OSError):  # the new one stands: an old one that a reader keeps from going is no fault of it
+            _retain(directory, manifest.step, keep_last, keep_every)
     return final
 
 
@@ -159,20 +177,26 @@ def together(ranks: Ranks, partial: Path) -> Iterator[None]:
     if not failures:
         return
     directory = partial.parent
-    here = next(folder for folder in (directory, *directory.parents) if folder.is_dir())
-    free = shutil.disk_usage(here).free
     if ranks.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
+    name = partial.stem.removeprefix(".")
     raise NotWritten(
-        f"the checkpoint {directory / partial.stem.removeprefix('.')} could not be written ({failures[0]}; "
-        f"{free / 1e9:.1f} GB are free)",
+        f"the checkpoint {directory / name} could not be written ({failures[0]}{_free(directory)})",
         echo=ranks.rank > 0,
     ) from failure
 
 
-def _put_in_place(partial: Path, final: Path, keep_last: int, keep_every: int) -> None:
+def _free(directory: Path) -> str:
+    try:
+        here = next(folder for folder in (directory, *directory.parents) if folder.is_dir())
+        return f"; {shutil.disk_usage(here).free / 1e9:.1f} GB are free"
+    except OSError:  # of a disk that fails in every way
+        return ""
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
     """Make a folder that is complete the newest checkpoint."""
-    directory, step = final.parent, int(final.name.removeprefix("step-"))
+    directory = final.parent
     for inner in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         _sync(inner)
     if final.exists():
@@ -182,17 +206,52 @@ def _put_in_place(partial: Path, final: Path, keep_last: int, keep_every: int) -
         _delete(aside)
     else:
         partial.rename(final)
-    pointer = directory / f".{LATEST}"
-    pointer.write_text(final.name + "\n")
-    _sync(pointer)
-    pointer.replace(directory / LATEST)
+    _note(directory / LATEST, final.name)
     _sync(directory)
-    if keep_last:
-        # Steps ahead of this one are of a course that the run left: never a reason to remove this one.
-        behind = [other for other in steps(directory) if other <= step]
-        for other in behind[:-keep_last]:
-            if not keep_every or other % keep_every:
-                _delete(_set_aside(directory / f"step-{other}"))
+
+
+def _note(path: Path, name: str) -> None:
+    """Write a checkpoint's name into a file that always holds one."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(name + "\n")
+    _sync(new)
+    new.replace(path)
+
+
+def _retain(directory: Path, step: int, keep_last: int, keep_every: int) -> None:
+    """Delete checkpoints up to `step` but the last ones and those at multiples."""
+    # Steps ahead of this one are of a course that the run left: never a reason to remove this one.
+    behind = [other for other in steps(directory) if other <= step]
+    for other in behind[:-keep_last]:
+        if not keep_every or other % keep_every:
+            _delete(_set_aside(directory / f"step-{other}"))
+
+
+def go_back(directory: Path, folder: Path) -> Path:
+    """The checkpoint to continue from when a run is told to continue from one of its own, `folder`.
+
+    Later ones belong to a course that the run then leaves, and step aside as left-step-N. The same command given again
+    finds that it did so, and continues from the newest.
+    """
+    newest_one, note = newest(directory), directory / WENT_BACK
+    if newest_one is None or newest_one == folder:
+        return folder
+    if note.exists() and note.read_text(errors="replace").strip() == folder.name:
+        return newest_one
+    number = int(folder.name.removeprefix("step-"))
+    later = [path for path in directory.glob("step-*") if _number(path) > number]
+    for path in sorted(later, key=_number, reverse=True):
+        left = directory / f"left-{path.name}"
+        shutil.rmtree(left, ignore_errors=True)
+        path.rename(left)
+    _note(directory / LATEST, folder.name)
+    _note(note, folder.name)
+    return folder
+
+
+def _number(folder: Path) -> int:
+    match = re.fullmatch(r"step-(\d+)", folder.name)
+    return int(match.group(1)) if match else -1
 
 
 def verify(folder: Path, ranks: Ranks, *, checksums: bool = True) -> Manifest:
@@ -200,14 +259,14 @@ def verify(folder: Path, ranks: Ranks, *, checksums: bool = True) -> Manifest:
 
     Raises MegalmError naming the first faulty file and the newest whole checkpoint beside it.
     """
-    manifest = manifests.read(folder)
+    manifest = read(folder)
     files = sorted(manifest.files)
     mine = manifests.faults(folder, manifest, files[ranks.rank :: ranks.size], checksums=checksums)
-    refuse_damaged(folder, sorted(fault for part in ranks.gather(mine) for fault in part))
+    refuse_damaged(folder, sorted(fault for part in ranks.gather(mine) for fault in part), echo=ranks.rank > 0)
     return manifest
 
 
-def refuse_damaged(folder: Path, faults: list[str]) -> None:
+def refuse_damaged(folder: Path, faults: list[str], *, echo: bool = False) -> None:
     """Raises MegalmError naming the first of a checkpoint's faults, if any, and the newest whole one beside it."""
     if not faults:
         return
@@ -215,7 +274,7 @@ def refuse_damaged(folder: Path, faults: list[str]) -> None:
     suffix = f" (and {more} more fault{'s' if more > 1 else ''})" if more else ""
     other = _other(folder)
     way = f"use {other} instead" if other else "no whole checkpoint stands beside it"
-    raise MegalmError(f"checkpoint {folder} is damaged: {faults[0]}{suffix}; {way}")
+    raise MegalmError(f"checkpoint {folder} is damaged: {faults[0]}{suffix}; {way}", echo=echo)
 
 
 def _other(folder: Path) -> Path | None:
@@ -248,15 +307,18 @@ def _set_aside(folder: Path) -> Path:
 
 
 def _delete(aside: Path) -> None:
-    """Delete a checkpoint that was set aside; without a manifest from the first moment, so it never looks whole."""
+    """Delete a checkpoint that was set aside; without a manifest from the first moment, so it never looks whole. What
+    cannot go yet, because a reader holds it, goes another time."""
     (aside / manifests.NAME).unlink(missing_ok=True)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def recover(directory: Path) -> None:
     """Clear away what crashes left: unfinished checkpoints; what was set aside, unless nothing took its place."""
     for partial in directory.glob(".step-*.partial"):
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
+    for new in directory.glob(".*.new"):
+        new.unlink(missing_ok=True)
     for aside in directory.glob(".step-*.old"):
         place = directory / aside.name.removeprefix(".").removesuffix(".old")
         if (aside / manifests.NAME).exists() and not place.exists():

@@ -37,8 +37,16 @@ class Manifest:
     format: int = FORMAT
 
 
+class Unreadable(MegalmError):
+    """A manifest is damaged. fault: a phrase that starts with its name, as faults() has them."""
+
+    def __init__(self, folder: Path, fault: str):
+        self.fault = f"{NAME} {fault}"
+        super().__init__(f"{folder / NAME} {fault}: choose another checkpoint of the run")
+
+
 def read(folder: Path) -> Manifest:
-    """The manifest of a checkpoint folder. Raises MegalmError if there is none or it is not ours."""
+    """The manifest of a checkpoint folder. Raises MegalmError if there is none or it is not ours, and Unreadable."""
     path = folder / NAME
     try:
         content = json.loads(path.read_text())
@@ -47,7 +55,7 @@ def read(folder: Path) -> Manifest:
             f"{folder} is not a checkpoint: it has no {NAME}; name a folder RUN/checkpoints/step-N"
         ) from None
     except (OSError, ValueError) as error:
-        raise MegalmError(f"{path} cannot be read ({error}): choose another checkpoint of the run") from None
+        raise Unreadable(folder, f"cannot be read ({error})") from None
     known = {field.name for field in fields(Manifest)} | {"blake2b"}
     if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != known:
         raise MegalmError(
@@ -55,7 +63,7 @@ def read(folder: Path) -> Manifest:
             "that version, or another checkpoint"
         )
     if content.pop("blake2b") != _digest(content):
-        raise MegalmError(f"{path} was altered (its checksum differs): choose another checkpoint of the run")
+        raise Unreadable(folder, "was altered (its checksum differs)")
     return Manifest(**content)
 
 
@@ -72,7 +80,7 @@ def write(folder: Path, manifest: Manifest) -> None:
 
 
 def _digest(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True, separators=(",", ":"))  # keys as JSON has them
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

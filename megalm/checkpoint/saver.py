@@ -1,7 +1,6 @@
 """Checkpoints written by a thread while training goes on."""
 
 import threading
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -19,8 +18,6 @@ class Saver:
         # The memory is handed out while the first batches are read.
         self._thread = self._start(self._snapshot.touch) if self._snapshot else None
         self._outcome: Path | NotWritten | BaseException | None = None
-        self.blocked = 0.0
-        """Seconds that training waited for the newest save."""
 
     def save(
         self,
@@ -34,7 +31,6 @@ class Saver:
         The outcome of the save before must have been taken (`outcome(wait=True)`).
         """
         assert self._outcome is None
-        started = time.perf_counter()
         self._join()
         snapshot = self._snapshot or Snapshot(self._numbers, pinned=self._pinned)
         snapshot.take(stretches, rank, dtype)
@@ -49,7 +45,6 @@ class Saver:
             self._thread = self._start(work)
         else:
             work()
-        self.blocked = time.perf_counter() - started
 
     def outcome(self, *, wait: bool) -> Path | NotWritten | None:
         """The checkpoint that was written, or why it was not: once for each save, None if there is nothing to tell.

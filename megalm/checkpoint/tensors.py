@@ -159,8 +159,14 @@ def merge(tables: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, An
             whole["pieces"] += entry["pieces"]
     for name, entry in merged.items():
         entry["pieces"].sort(key=lambda piece: piece[1:])
-        held = sum(count for *_, count in entry["pieces"])
-        assert held == math.prod(entry["shape"]), f"{name}: {held} of {math.prod(entry['shape'])} numbers were saved"
+        ends: dict[int, int] = {}
+        for _, tensor_rank, start, count in entry["pieces"]:
+            assert start == ends.get(tensor_rank, 0), (
+                f"{name}: numbers of slice {tensor_rank} were saved twice or never"
+            )
+            ends[tensor_rank] = start + count
+        held, size = sum(ends.values()), math.prod(entry["shape"])
+        assert held == size and len({*ends.values()}) == 1, f"{name}: {held} of {size} numbers were saved"
     return merged
 
 
@@ -224,12 +230,14 @@ class Reader:
 
     def _slice(self, name: str, kind: str, slice_rank: int, start: int, stop: int) -> Tensor:
         """Numbers start..stop of a flattened slice, from the stretches it was saved in."""
-        numbers = torch.empty(stop - start)
+        numbers, found = torch.empty(stop - start), 0
         for rank, piece_rank, piece_start, count in self._parameters[name]["pieces"]:
             here, there = max(start, piece_start), min(stop, piece_start + count)
             if piece_rank == slice_rank and here < there:
                 saved = self._file(rank, kind).get_slice(_key(name, kind, slice_rank, piece_start))
                 numbers[here - start : there - start] = saved[here - piece_start : there - piece_start]
+                found += there - here
+        assert found == stop - start, f"{name}: {found} of {stop - start} numbers asked for are in the checkpoint"
         return numbers
 
     def _file(self, rank: int, kind: str) -> Any:

@@ -56,10 +56,9 @@ def resolve_implementation(implementation: str, device: str, offload: bool) -> s
 
 def updates(optimizer: torch.optim.Optimizer) -> int:
     """Steps the optimizer counts behind it."""
-    for state in optimizer.state.values():
-        if "step" in state:
-            return int(state["step"])
-    return int(optimizer.param_groups[0].get("step", 0)) if optimizer.state else 0
+    # DeepSpeed's FusedAdam counts in the state of one parameter of each group only, apex's in the group.
+    counts = [state["step"] for state in optimizer.state.values() if "step" in state]
+    return int(max(counts)) if counts else int(optimizer.param_groups[0].get("step", 0))
 
 
 def prepare(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], count: int) -> None:

@@ -26,6 +26,8 @@ class ParallelConfig(Config):
     """Keep optimizer states and the update on the host (ZeRO 1 to 3)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, attention's inside, or whole blocks."""
+    allow_unproved: bool = False
+    """Run what no test has proved equal to one process (docs/support.md), and say so in the log."""
 
     @model_validator(mode="after")
     def _supported(self) -> "ParallelConfig":

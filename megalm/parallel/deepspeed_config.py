@@ -12,6 +12,7 @@ OWNED = {
     "optimizer": "optimizer",
     "scheduler": "schedule",
     "fp16.enabled": "train.precision",
+    "fp16.fp16_master_weights_and_grads": "train.precision",
     "bf16": "train.precision",
     "bfloat16": "train.precision",
     "amp": "train.precision",
@@ -24,6 +25,7 @@ OWNED = {
     "elasticity": "train.global_batch_size and train.micro_batch_size",
     "zero_optimization.compute_grad_norm": "optimizer.gradient_clipping",
     "zero_optimization.stage": "parallel.zero",
+    "zero_optimization.mics_shard_size": "parallel.zero",
     "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
     "zero_optimization.offload_param": "parallel.offload_optimizer",  # weights on the host are not proved
     "pipeline": "parallel.pipeline_schedule",
@@ -77,7 +79,7 @@ def derive(
     largest_bucket: parameters a rank holds, about; DeepSpeed allocates whole communication buckets, which must not
     dwarf a small model.
     """
-    bucket = min(500_000_000, largest_bucket)
+    bucket = min(500_000_000, largest_bucket + largest_bucket % 2)  # DeepSpeed asks for an even number
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,

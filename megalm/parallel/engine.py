@@ -224,7 +224,8 @@ class _PipelineEngine(Engine):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.engine._INSTRUCTION_MAP = self.engine._INSTRUCTION_MAP | {ReduceTiedGrads: _reduce_tied_gradients}
+        ours = {ReduceTiedGrads: lambda engine: self._reduce_tied_gradients()}
+        self.engine._INSTRUCTION_MAP = self.engine._INSTRUCTION_MAP | ours
 
     def _train(self, micro_batches: list[MicroBatch]) -> float:
         return self.engine.train_batch(iter(micro_batches)).item()
@@ -243,21 +244,26 @@ class _PipelineEngine(Engine):
     def _is_dualpipev(self) -> bool:
         return isinstance(self.engine, DualPipeVEngine)
 
+    def _reduce_tied_gradients(self) -> None:
+        """Sum the gradients of tied layers over the stages that hold a copy.
 
-def _reduce_tied_gradients(engine: Any) -> None:
-    """Sum the gradients of tied layers over the stages that hold a copy.
-
-    DeepSpeed's own looks for them in weight.grad, where they are not if they are accumulated in fp32 beside weights in
-    half precision by ZeRO's optimizer (fp16, or any with offload), and then sums nothing.
-    """
-    for weight, group in engine.module.get_tied_weights_and_groups():
-        if engine.using_bf16_optimizer:
-            gradient = weight._hp_grad
-        elif engine.zero_optimization():
-            gradient = engine.optimizer.get_gradient_for_reduction(weight)
-        else:
-            gradient = weight.grad
-        dist.all_reduce(gradient, group=group)
+        DeepSpeed's own has two faults. It looks for them in weight.grad, where they are not if ZeRO's optimizer
+        accumulates them in fp32 beside weights in half precision (fp16, or any with offload). And it leaves the sum
+        over data-parallel ranks to what follows, which adds them in an order of its own on each stage: with three
+        ranks or more the copies would drift apart, by a bit now and then.
+        """
+        engine, ranks = self.engine, self.groups.layout.data
+        for weight, stages in engine.module.get_tied_weights_and_groups():
+            if engine.using_bf16_optimizer:
+                gradient = weight._hp_grad
+            elif engine.zero_optimization():
+                gradient = engine.optimizer.get_gradient_for_reduction(weight)
+            else:
+                gradient = weight.grad
+            # Over two ends a sum has one order only. The average over data-parallel ranks then finds equal numbers.
+            dist.all_reduce(gradient, group=self.groups.data_group)
+            dist.all_reduce(gradient, group=stages)
+            gradient /= ranks
 
 
 def partition(layer: nn.Module, groups: Groups, config: dict[str, Any], dtype: torch.dtype) -> None:
@@ -286,8 +292,8 @@ def create(
     accept: Callable[[float], bool],
 ) -> Engine:
     """Wrap `module` and `optimizer` in the DeepSpeed engine that the layout asks for."""
-    # Norms may differ in their last bit between copies of the model; one rank's refusal is everybody's.
-    guard = StepGuard(optimizer, lambda norm: not groups.maximum(int(not accept(norm))))
+    # Norms may differ in their last bit between copies of the model; all ranks judge the same one.
+    guard = StepGuard(optimizer, lambda norm: accept(groups.maximum(norm if math.isfinite(norm) else math.inf)))
     with quiet():
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, mpu=None if _is_pipeline(module) else groups.grid

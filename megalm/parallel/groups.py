@@ -74,15 +74,17 @@ class Groups:
             raise MegalmError(answer[1], echo=self.rank > 0)
         return answer[0]
 
-    def maximum(self, value: int) -> int:
-        """The largest `value` of any rank, on every rank."""
-        tensor = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    def maximum(self, value: float) -> float:
+        """The largest `value` of any rank, on every rank. No value may be not a number."""
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        tensor = torch.tensor(value, dtype=torch.float64, device=device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return int(tensor.item())
+        return tensor.item()
 
     def beside(self) -> "Beside":
         """A group of all ranks for another thread, whose messages never mix with this thread's. All ranks call it."""
-        return Beside(self.rank, self.size, dist.new_group(backend="gloo"))
+        # A disk may keep one rank waiting for long; that of a rank that died is noticed at once.
+        return Beside(self.rank, self.size, dist.new_group(backend="gloo", timeout=timedelta(days=1)))
 
     @property
     def topology(self) -> PipeModelDataParallelTopology:

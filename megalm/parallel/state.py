@@ -16,6 +16,8 @@ from megalm.optim import adamw
 from megalm.parallel.groups import Groups
 
 WEIGHT = "weight"
+_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What moves in DeepSpeed's DynamicLossScaler; the rest of it are settings."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class State:
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         if not getattr(scaler, "dynamic", False):
             return {}
-        return {name: value for name, value in vars(scaler).items() if isinstance(value, int | float)}
+        return {name: getattr(scaler, name) for name in _SCALE}
 
     def set_scale(self, state: dict[str, Any]) -> None:
         """Take back what scale() returned."""

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from megalm.checkpoint import manifest as manifests
+from megalm.checkpoint import folder as checkpoints
 from megalm.checkpoint.saver import Saver
 from megalm.config import dump
 from megalm.data.loader import Loader, held_out_batches
@@ -124,13 +125,28 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     joined = groups.create(planned.layout)
     lock = Lock(Path(config.run.directory))
 
-    def begin() -> Path | None:
+    def begin() -> tuple[Path | None, dict[str, Any] | None]:
         lock.acquire()
-        return resume.find(config)
+        found = resume.find(config)
+        if found is None:
+            return None, None
+        manifest = checkpoints.read(found)
+        resume.check(manifest, planned, str(found))
+        return found, manifest.data
 
-    found = joined.decide(begin)
-    if found:
-        resume.check(manifests.read(found), planned, str(found))
+    found, state = joined.decide(begin)
+    loader = Loader(
+        config.data,
+        planned.tokenizer,
+        rank=joined.data_rank,
+        size=planned.layout.data,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        sequence_length=config.train.sequence_length,
+        seed=config.run.seed,
+        state=state,
+        allowed=config.checkpoint.allow_changes,
+    )
     model, train, logging = config.model, config.train, config.logging
     anomalies = Anomalies(
         train.on_nan, train.on_spike, train.spike_factor, train.max_anomalies, scaled=train.precision == "fp16"
@@ -149,12 +165,13 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         lock=lock,
         saver=Saver(
             sum(piece.count for piece in built.pieces(names)) * (1 + len(MOMENTS)),
-            pinned=device.type == "cuda",
+            pinned=device.type == "cuda" and not config.parallel.offload_optimizer,
             asynchronous=config.checkpoint.asynchronous,
         ),
         beside=joined.beside(),
         layer_names=names,
         held_out=_held_out(planned, joined),
+        loader=loader,
         facts=facts,
         # In this order each step: judge, listen, measure, write down, save.
         callbacks=[
@@ -166,21 +183,10 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
             GarbageCollection(logging.garbage_collection_every),
         ],
     )
-    state = resume.restore(run, found) if found else None
-    run.loader = Loader(
-        config.data,
-        planned.tokenizer,
-        rank=joined.data_rank,
-        size=planned.layout.data,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-        sequence_length=train.sequence_length,
-        seed=config.run.seed,
-        state=state,
-        allowed=config.checkpoint.allow_changes,
-    )
-    if run.loader.restarted:
-        run.say(f"the samples start anew from the first: {run.loader.restarted} changed, which is allowed")
+    if found:
+        resume.restore(run, found)
+    if loader.restarted:
+        run.say(f"the samples start anew from the first: {loader.restarted} changed, which is allowed")
     if run.is_main:
         run.directory.mkdir(parents=True, exist_ok=True)
         (run.directory / "config.yaml").write_text(dump(config))
@@ -255,4 +261,5 @@ def _facts(planned: Plan, device: torch.device) -> dict[str, str]:
         "norm": f"{config.model.norm}, {resolve_norm(config.model.norm_implementation, device.type)}",
         "optimizer": "AdamW, "
         + resolve_implementation(optimizer.implementation, device.type, config.parallel.offload_optimizer),
+        **({"unproved": planned.unproved} if planned.unproved else {}),
     }

@@ -50,8 +50,9 @@ def train(run: Run) -> int:
                 callback.after_step(run, record)
     finally:
         with ExitStack() as ends:  # runs all of them; what was raised above stays the reason
+            # Last in, first out: the checkpoint under way is waited for while signals are still only noted.
             ends.callback(run.loader.close)
-            for callback in reversed(run.callbacks):
+            for callback in run.callbacks:
                 ends.callback(callback.on_end, run)
     # A launcher ends everybody as soon as one rank is gone: none goes before the last has drawn and written.
     run.groups.barrier()

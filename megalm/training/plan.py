@@ -8,6 +8,7 @@ from megalm.data.index import ShardReader
 from megalm.errors import MegalmError
 from megalm.layout import Layout, check_model
 from megalm.parallel.config import ParallelConfig
+from megalm.parallel.proved import proved
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load as load_tokenizer
 from megalm.training.config import RunConfig
@@ -15,12 +16,14 @@ from megalm.training.config import RunConfig
 
 @dataclass(frozen=True)
 class Plan:
-    """config: with model.vocab_size filled in. accumulation: micro-batches of one rank per step."""
+    """config: with model.vocab_size filled in. accumulation: micro-batches of one rank per step. unproved: what no test
+    has proved and parallel.allow_unproved lets pass, empty if there is nothing."""
 
     config: RunConfig
     layout: Layout
     accumulation: int
     tokenizer: Tokenizer
+    unproved: str
 
 
 def stages(parallel: ParallelConfig) -> int:
@@ -60,10 +63,14 @@ def plan(config: RunConfig, world_size: int) -> Plan:
         num_layers=model.num_layers,
         stages=pieces,
     )
+    planned = config.model_copy(update={"model": model})
+    unproved = proved().problem(planned, layout, accumulation)
+    if unproved and not parallel.allow_unproved:
+        raise MegalmError(f"{unproved}: choose what is (docs/support.md), or set parallel.allow_unproved to true")
     for source in (*config.data.sources, *config.data.held_out):
         ShardReader(source.path, tokenizer)  # refuses what the loader would refuse, some seconds later
     _check_directory(Path(config.run.directory))
-    return Plan(config.model_copy(update={"model": model}), layout, accumulation, tokenizer)
+    return Plan(planned, layout, accumulation, tokenizer, unproved or "")
 
 
 def _check_directory(directory: Path) -> None:

@@ -28,6 +28,7 @@ _SAME = (
     ("train.sequence_length", "the samples would be cut elsewhere"),
     ("train.precision", "the curve would be another"),
     ("data.attend_across_documents", "the samples would be masked otherwise"),
+    ("deepspeed", "DeepSpeed would do otherwise"),
 )
 """Keys a run keeps for life, and what would happen otherwise; the loader sees to those that order the samples."""
 _FREE = ("attention_backend", "norm_implementation")
@@ -41,10 +42,11 @@ def directory(config: RunConfig) -> Path:
 def find(config: RunConfig) -> Path | None:
     """The checkpoint that checkpoint.resume asks for, or None for a fresh run.
 
-    A named checkpoint of another folder starts a run; once that run has its own, it continues from those, so that the
-    same command can be given again. A crash's leftovers are put right first.
+    A named checkpoint of another folder starts a run; once that run has its own, it continues from those. One of its
+    own takes the run back to it, once; later ones step aside. So the same command can be given again. A crash's
+    leftovers are put right first.
 
-    Raises MegalmError if `never` meets a run that exists, or a named checkpoint does not.
+    Raises MegalmError if `never` meets a run that exists, a named checkpoint does not exist, or the newest is damaged.
     """
     wanted, own = config.checkpoint.resume, directory(config)
     checkpoints.recover(own)
@@ -56,8 +58,12 @@ def find(config: RunConfig) -> Path | None:
             "or --resume auto to continue it"
         )
     if wanted not in ("auto", "never"):
-        named = checkpoints.resolve(Path(wanted))
-        return newest if newest and named.resolve().parent != own.resolve() else named
+        path, mine = Path(wanted).resolve(), own.resolve()
+        if mine in path.parents:
+            return checkpoints.go_back(own, own / checkpoints.resolve(path).name)
+        if newest is None:
+            return checkpoints.resolve(Path(wanted))
+    checkpoints.refuse_headless(own)
     return newest
 
 
@@ -67,7 +73,7 @@ def check(manifest: Manifest, plan: Plan, name: str) -> None:
     allowed = plan.config.checkpoint.allow_changes
     for path, why in _SAME:
         then, now = _at(manifest.config, path), _at(ours, path)
-        if isinstance(then, dict) and isinstance(now, dict):
+        if path == "model":
             changed = [(f"{path}.{k}", then.get(k), now[k]) for k in now if then.get(k) != now[k] and k not in _FREE]
         else:
             changed = [(path, then, now)] if then != now else []
@@ -140,11 +146,9 @@ def settle(run: Run, *, wait: bool, fatal: bool = False) -> None:
         )
 
 
-def restore(run: Run, folder: Path) -> dict[str, Any]:
-    """Load a checkpoint of any layout into the engine and the callbacks; returns the loader's state. Every rank calls
-    it."""
+def restore(run: Run, folder: Path) -> None:
+    """Load a checkpoint of any layout, which check() let pass, into the engine and callbacks. Every rank calls it."""
     manifest = checkpoints.verify(folder, run.groups)
-    check(manifest, run.plan, str(folder))
     for change in _changes(manifest.config, run.config.model_dump()):
         run.say(f"changed since {folder.name}: {change}")
     if manifest.layout != _layout(run.plan):
@@ -153,7 +157,6 @@ def restore(run: Run, folder: Path) -> dict[str, Any]:
     for callback in run.callbacks:
         if (state := manifest.trainer.get(type(callback).__name__)) is not None:
             callback.restore(state)
-    return manifest.data
 
 
 @torch.no_grad()
@@ -171,6 +174,11 @@ def _fill(run: Run, folder: Path, manifest: Manifest) -> None:
     )
     with Reader(folder, manifest) as reader:
         for piece in pieces:
+            if list(piece.shape) != (saved := manifest.parameters[piece.name]["shape"]):
+                raise MegalmError(
+                    f"{folder} holds {piece.name} as {saved} and the config makes it {list(piece.shape)}: it would be "
+                    "another model; set model back to what it was, or choose another run.directory"
+                )
             for kind, tensor in piece.tensors.items():
                 tensor.copy_(
                     reader.stretch(

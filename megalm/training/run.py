@@ -55,11 +55,11 @@ class Run:
     beside: Beside
     layer_names: list[str]
     held_out: dict[str, list[MicroBatch]]
+    loader: Loader
     facts: dict[str, str]
     step: int = 0
     tokens: int = 0
     data_state: dict[str, Any] = field(default_factory=dict)
-    loader: Loader = field(init=False)
     stop: int | None = None
     blocked: float = 0.0
     failed_saves: int = 0

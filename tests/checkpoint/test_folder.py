@@ -132,6 +132,59 @@ def test_a_run_that_goes_back_keeps_what_it_then_writes(tmp_path: Path) -> None:
     assert checkpoints.steps(tmp_path) == [20, 30]
 
 
+def test_going_back_leaves_the_later_course_aside(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    (tmp_path / "step-40").mkdir()  # damaged beyond its name
+    assert checkpoints.go_back(tmp_path, tmp_path / "step-30") == tmp_path / "step-30"
+    assert checkpoints.steps(tmp_path) == [10, 20, 30], "the newest needs no going back"
+    assert checkpoints.go_back(tmp_path, tmp_path / "step-10") == tmp_path / "step-10"
+    assert checkpoints.steps(tmp_path) == [10] and checkpoints.newest(tmp_path) == tmp_path / "step-10"
+    assert content(tmp_path / "left-step-30") == "step 30"
+    # Given again before the first save, and after it, the same command goes on where the run is.
+    assert checkpoints.go_back(tmp_path, tmp_path / "step-10") == tmp_path / "step-10"
+    save(tmp_path, 15)
+    assert checkpoints.go_back(tmp_path, tmp_path / "step-10") == tmp_path / "step-15"
+
+
+def test_a_newest_checkpoint_that_lost_its_manifest_is_refused(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save(tmp_path, step)
+    checkpoints.refuse_headless(tmp_path)
+    (tmp_path / "step-20" / manifests.NAME).unlink()
+    with pytest.raises(MegalmError, match=f"step-20 is damaged: manifest.json is missing; use {tmp_path}/step-10"):
+        checkpoints.refuse_headless(tmp_path)
+    (tmp_path / "latest").write_text("nonsense\n")
+    checkpoints.refuse_headless(tmp_path)
+
+
+def test_a_damaged_manifest_is_a_damaged_checkpoint(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save(tmp_path, step)
+    path = tmp_path / "step-20" / manifests.NAME
+    path.write_text(path.read_text().replace('"step": 20', '"step": 21'))
+    message = f"step-20 is damaged: manifest.json was altered .*; use {tmp_path}/step-10 instead"
+    with pytest.raises(MegalmError, match=message):
+        checkpoints.read(tmp_path / "step-20")
+    with pytest.raises(MegalmError, match=message):
+        checkpoints.verify(tmp_path / "step-20", Alone())
+
+
+def test_what_cannot_be_deleted_is_no_failure_of_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old checkpoint that a reader holds open on a network disk stays for a while; the new one stands."""
+    save(tmp_path, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or _fail())
+        save(tmp_path, 20, keep_last=1)
+        assert checkpoints.steps(tmp_path) == [20] and leftovers(tmp_path) == [".step-10.old"]
+        save(tmp_path, 30, keep_last=1)
+        patch.setattr(os, "rename", _fail)
+        with pytest.raises(checkpoints.NotWritten):
+            save(tmp_path, 40, keep_last=1)
+    save(tmp_path, 50, keep_last=1)
+    assert checkpoints.steps(tmp_path) == [50] and not leftovers(tmp_path)
+
+
 class Crash(BaseException):
     """The process ends here."""
 
@@ -259,7 +312,7 @@ def test_everything_is_on_disk_before_it_counts(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "rename", rename(os.rename))
     monkeypatch.setattr(os, "replace", rename(os.replace))
     save(tmp_path, 10)
-    assert unsynced == {".step-10.partial": [], ".latest": []}
+    assert unsynced == {".step-10.partial": [], ".latest.new": []}
     assert tmp_path.stat().st_ino in synced
 
 

@@ -1,5 +1,6 @@
 """Whatever layout wrote a checkpoint, every rank of every other reads just what it holds, bit for bit."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,22 @@ def test_a_missing_piece_is_never_saved(tmp_path: Path) -> None:
     everyone = writing.ranks(WHOLE, lambda name: TABLE[name][1], lambda name: 0, data=2)
     with pytest.raises(AssertionError, match="numbers were saved"):
         writing.save(tmp_path, everyone[:1], {"pipeline": 1, "data": 2, "tensor": 1})
+
+
+def test_numbers_that_nobody_saved_are_not_made_up(tmp_path: Path) -> None:
+    folder, manifest = save(tmp_path, 1, 2, 1)
+    entry = manifest.parameters["head.weight"]
+    larger = replace(manifest, parameters={"head.weight": entry | {"shape": [20, 6]}})
+    with pytest.raises(AssertionError, match="of 120 numbers asked for"), Reader(folder, larger) as reader:
+        reader.whole("head.weight")
+
+
+def test_numbers_that_were_saved_twice_are_noticed(tmp_path: Path) -> None:
+    [mine] = writing.ranks({"a": {"weight": torch.arange(8.0)}}, lambda name: None, lambda name: 0)
+    [whole] = mine
+    first, again = (replace(whole, start=start, tensors={"weight": torch.zeros(4)}) for start in (0, 2))
+    with pytest.raises(AssertionError, match="saved twice or never"):
+        writing.save(tmp_path, [[first, again]], {"pipeline": 1, "data": 1, "tensor": 1})
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

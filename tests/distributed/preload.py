@@ -1,5 +1,6 @@
 """Imported once by the server that ranks are forked from."""
 
+import gc
 import os
 import sys
 
@@ -9,5 +10,12 @@ from megalm.parallel import device
 
 device.choose("cpu")
 
-import deepspeed  # noqa: E402, F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401  DeepSpeed imports it with its first optimizer
+import deepspeed.runtime.zero.stage3  # noqa: E402, F401
 import megatron.core.tensor_parallel  # noqa: E402, F401
+
+import megalm.training.build  # noqa: E402, F401
+
+# Ranks collect garbage, DeepSpeed's ZeRO 3 too, and need not go through all that is imported each time.
+gc.collect()
+gc.freeze()

@@ -70,41 +70,6 @@ def micro_batches(step: int, run: RunConfig, rank: int, layout: Layout) -> list[
     return batches
 
 
-def plain_torch(run: RunConfig, steps: int = STEPS) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step with no DeepSpeed, no megatron-core, no micro-batches: the reference."""
-    from megalm.models.decoder import build_model, decoder
-    from megalm.nn.init import spec_of
-    from megalm.nn.layers import Layers
-
-    segmented = not run.data.attend_across_documents
-    model = build_model(decoder(run.model, Layers(), seed=run.run.seed, segmented=segmented), run.run.seed)
-    settings = run.optimizer
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if spec_of(p).decay], "weight_decay": settings.weight_decay},
-            {"params": [p for p in model.parameters() if not spec_of(p).decay], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-    )
-    whole = run.model_copy(update={"train": run.train.model_copy(update={"micro_batch_size": 16})})
-    curve = []
-    for step in range(steps):
-        [(inputs, (labels, mask))] = micro_batches(step, whole, 0, Layout())
-        logits = model(inputs)[:, : run.model.vocab_size]
-        losses = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="none")
-        if run.model.z_loss:
-            losses = losses + run.model.z_loss * torch.logsumexp(logits, -1) ** 2
-        loss = (losses * mask.flatten()).sum() / mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clipping)
-        optimizer.step()
-        curve.append((loss.item(), norm.item()))
-    return curve
-
-
 def join(run: RunConfig) -> Any:
     """This rank's process groups."""
     from megalm.parallel import device, groups

@@ -251,6 +251,15 @@ def test_state_goes_on_in_another_optimizer(implementation: str, lost: str | Non
     assert (adamw.updates(other) == adamw.updates(optimizer) == 7) == (lost != "updates")
 
 
+def test_a_count_in_one_parameter_of_several_is_found() -> None:
+    """As DeepSpeed's FusedAdam keeps it: the others of a group stay at 0."""
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = torch.optim.AdamW(parameters)
+    for parameter, count in zip(parameters, (0, 0, 5), strict=True):
+        optimizer.state[parameter]["step"] = count
+    assert adamw.updates(optimizer) == 5
+
+
 def test_apex_counts_by_group(apex_folder, monkeypatch):
     make_nvidia(apex_folder, FUSED_ADAM)
     monkeypatch.setattr(adamw, "_self_check", lambda implementation, device, offload: None)

@@ -3,6 +3,9 @@
 A run of eight steps dies once or twice: by SIGKILL, SIGTERM, SIGINT or an exception, on any rank, before, in or after
 any of the places below. Started again it must end with the records of a run that nothing happened to, and with the same
 weights and moments, bit for bit; at no moment may a checkpoint that stood be gone or damaged.
+
+With --move every start is in another layout, drawn anew; the samples must be the same and the curve within summation
+order of one process's.
 """
 
 import argparse
@@ -45,10 +48,12 @@ PLACES = (
 )
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank, ZeRO 0": (1, {"zero": 0}),
+    "data 2, ZeRO 1": (2, {"zero": 1}),
     "data 2, ZeRO 2": (2, {"zero": 2}),
     "data 2, ZeRO 3": (2, {"zero": 3}),
     "pipeline 2": (2, {"pipeline": 2}),
     "tensor 2": (2, {"tensor": 2, "sequence_parallel": True}),
+    "tensor 2 x pipeline 2": (4, {"tensor": 2, "pipeline": 2}),
 }
 SECTIONS = {"checkpoint": {"every": 2, "keep_last": 2}, "evaluate": {"every": 3, "sequences": 8}}
 
@@ -130,14 +135,15 @@ def draw(chance: random.Random, ranks: int) -> Death:
     )
 
 
-def die_and_come_back(tree: dict[str, Any], ranks: int, deaths: list[Death]) -> list[str]:
-    """Start the run with each death in turn, then without; how each start ended."""
+def die_and_come_back(tree: dict[str, Any], layouts: list[str], deaths: list[Death]) -> list[str]:
+    """Start the run with each death in turn, then without, each time in the next of `layouts`; how each start ended."""
     ends = []
     directory = Path(tree["run"]["directory"]) / "checkpoints"
-    for death in deaths:
+    for death, name in zip(deaths, layouts, strict=False):
         before = checkpoints.newest(directory)
+        ranks, parallel = LAYOUTS[name]
         try:
-            ends.append(str(run_ranks(ranks, train_run, tree, death, timeout=120)[0]))
+            ends.append(str(run_ranks(ranks, train_run, tree | {"parallel": parallel}, death, timeout=120)[0]))
         except RankFailed as error:
             ends.append("killed" if "died without a word" in str(error) else "raised")
             assert ends[-1] == "killed" or "planted death" in str(error), error
@@ -146,13 +152,16 @@ def die_and_come_back(tree: dict[str, Any], ranks: int, deaths: list[Death]) -> 
         newest = checkpoints.newest(directory)
         assert before is None or newest is not None, f"{before} was lost"
         assert before is None or int(newest.name[5:]) >= int(before.name[5:]), f"{before} was lost"
-    assert run_ranks(ranks, train_run, tree, timeout=120) == [0] * ranks
+    ranks, parallel = LAYOUTS[layouts[-1]]
+    assert run_ranks(ranks, train_run, tree | {"parallel": parallel}, timeout=120) == [0] * ranks
     return ends
 
 
-def compare(tree: dict[str, Any], whole: dict[str, Any]) -> str | None:
-    """What the run that died lost against the one that did not, or None."""
+def compare(tree: dict[str, Any], whole: dict[str, Any], *, moved: bool = False) -> str | None:
+    """What the run that died lost against the one that did not, or None. moved: it changed its layout."""
     steps = tree["train"]["steps"]
+    if moved:
+        return _apart(curve(tree), curve(whole))
     if curve(tree) != curve(whole):
         return "another curve"
     ours, theirs = state(tree, steps), state(whole, steps)
@@ -163,10 +172,21 @@ def compare(tree: dict[str, Any], whole: dict[str, Any]) -> str | None:
     return None
 
 
+def _apart(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str | None:
+    for key in ("step", "samples", "tokens", "lr", "applied"):
+        if [record[key] for record in ours] != [record[key] for record in theirs]:
+            return f"another {key}"
+    for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        if off := [a["step"] for a, b in zip(ours, theirs, strict=True) if abs(a[key] / b[key] - 1) > tolerance]:
+            return f"another {key} at step {off[0]}"
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--move", action="store_true", help="start in another layout each time")
     parser.add_argument("--output", type=Path, help="JSON of the counts")
     arguments = parser.parse_args()
     from tests.training.conftest import build_corpus, tree_of
@@ -178,24 +198,29 @@ def main() -> int:
         corpus = build_corpus(Path(folder))
         wholes = {}
         for number in range(arguments.runs):
-            name = chance.choice(sorted(LAYOUTS))
-            ranks, parallel = LAYOUTS[name]
-            sections = SECTIONS | {"parallel": parallel}
+            count = chance.choice((1, 1, 2))
+            if arguments.move:
+                names = [chance.choice(sorted(LAYOUTS)) for _ in range(count + 1)]
+                name = "one rank, ZeRO 0"
+            else:
+                name = chance.choice(sorted(LAYOUTS))
+                names = [name] * (count + 1)
             if name not in wholes:
-                wholes[name] = tree_of(corpus, Path(folder) / f"whole {name}", **sections)
+                ranks, parallel = LAYOUTS[name]
+                wholes[name] = tree_of(corpus, Path(folder) / f"whole {name}", **SECTIONS, parallel=parallel)
                 assert run_ranks(ranks, train_run, wholes[name]) == [0] * ranks
-            tree = tree_of(corpus, Path(folder) / "run", **sections)
-            deaths = [draw(chance, ranks) for _ in range(chance.choice((1, 1, 2)))]
+            tree = tree_of(corpus, Path(folder) / "run", **SECTIONS)
+            deaths = [draw(chance, LAYOUTS[each][0]) for each in names[:-1]]
             try:
-                ends = die_and_come_back(tree, ranks, deaths)
-                lost = compare(tree, wholes[name])
+                ends = die_and_come_back(tree, names, deaths)
+                lost = compare(tree, wholes[name], moved=arguments.move)
             except (AssertionError, RankFailed) as error:
                 ends, lost = [], f"{type(error).__name__}: {error}"
             for death, end in zip(deaths, ends, strict=False):
                 if end != "0":  # it never came to that place as often as asked
                     died[death.kind, death.place] += 1
             if lost:
-                losses.append(f"{name}, {deaths}: {lost}")
+                losses.append(f"{names}, {deaths}: {lost}")
                 print(f"LOST: {losses[-1]}", flush=True)
             shutil.rmtree(Path(folder) / "run", ignore_errors=True)
             rate = (time.time() - started) / (number + 1)

@@ -37,9 +37,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 NAMES = list(LAYOUTS)
 RING = [(name, NAMES[(place + 1) % len(NAMES)]) for place, name in enumerate(NAMES)]
 """Each layout is left once and reached once."""
-ALL = [(a, b) for a in NAMES for b in NAMES if a != b]
 LOSS, NORM = 1e-5, 1e-4
-"""Of fp32 sums in another order, relative (tests/distributed/test_layouts.py)."""
+"""Of fp32 sums in another order, relative, over 20 steps at most."""
 
 
 def tree_in(corpus: Path, directory: Path, name: str, precision: str = "fp32") -> dict[str, Any]:
@@ -131,14 +130,6 @@ def test_from_one_layout_to_another(
     check(trained, corpus, tmp_path, before, after, "fp32", LOSS)
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize(("before", "after"), [pair for pair in ALL if pair not in RING], ids=lambda name: name)
-def test_from_every_layout_to_every_other(
-    trained: Callable[..., Any], corpus: Path, tmp_path: Path, before: str, after: str
-) -> None:
-    check(trained, corpus, tmp_path, before, after, "fp32", LOSS)
-
-
 @pytest.mark.parametrize(
     ("before", "after", "precision"),
     [
@@ -151,7 +142,9 @@ def test_from_every_layout_to_every_other(
 def test_in_half_precision(
     trained: Callable[..., Any], corpus: Path, tmp_path: Path, before: str, after: str, precision: str
 ) -> None:
-    check(trained, corpus, tmp_path, before, after, precision, 1e-3)  # test_layouts.py says why
+    # A bf16 product has 8 significant bits. Sums in another order move an fp32 master weight by 1e-7, which now and
+    # then flips the rounding of its bf16 copy: curves part by some 1e-4 of the loss.
+    check(trained, corpus, tmp_path, before, after, precision, 1e-3)
 
 
 def test_a_lost_moment_is_seen(trained: Callable[..., Any], corpus: Path, tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ import yaml
 
 from megalm.config import load
 from megalm.errors import MegalmError
+from megalm.parallel.proved import Proved
 from megalm.tokenizer.load import load as load_tokenizer
 from megalm.tokenizer.train import train
 from megalm.training.config import RunConfig
 from megalm.training.plan import plan, stages
+from tests.distributed.ranks import run_ranks
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -314,3 +316,33 @@ def test_a_run_folder_that_cannot_be_used(settings: Settings, tmp_path: Path, mo
     monkeypatch.undo()
     plan(RunConfig.model_validate(settings("not/made/yet")), 1)
     assert not (tmp_path / "not").exists(), "planning changes no file"
+
+
+def facts_of(tree: dict[str, Any]) -> dict[str, str]:
+    """What a run says of a config of which nothing is proved."""
+    import torch
+
+    from megalm.training import plan as planning
+    from megalm.training.build import _facts
+
+    planning.proved = lambda: Proved(frozenset(), frozenset())  # type: ignore[assignment]
+    return _facts(planning.plan(RunConfig.model_validate(tree), 1), torch.device("cpu"))
+
+
+def test_what_is_not_proved_is_refused_or_allowed_and_said(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert plan(RunConfig.model_validate(settings()), 1).unproved == ""
+    monkeypatch.setattr("megalm.training.plan.proved", lambda: Proved(frozenset(), frozenset()))
+    what = (
+        "parallel.tensor 1, parallel.pipeline 1, data-parallel ranks >1, parallel.zero 1, "
+        "parallel.offload_optimizer off, parallel.recompute none, train.precision fp32, micro-batches per step >1 "
+        "is not proved to train the model that one process trains"
+    )
+    assert refusal(settings(), 2, tmp_path) == (
+        f"{what}: choose what is (docs/support.md), or set parallel.allow_unproved to true"
+    )
+    allowed = settings(parallel={"allow_unproved": True})
+    assert plan(RunConfig.model_validate(allowed), 2).unproved == what
+    [facts] = run_ranks(1, facts_of, allowed)
+    assert facts["unproved"].endswith("is not proved to train the model that one process trains")

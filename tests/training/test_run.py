@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file as load
 
 from megalm.checkpoint import folder as checkpoints
 from megalm.errors import MegalmError
@@ -148,6 +149,57 @@ def test_a_spike_rolls_back_and_goes_past_its_samples(settings: Settings) -> Non
     assert manifest["trainer"]["Anomalies"]["anomalies"] == 1
 
 
+class SaveAfterRollback:
+    """Write the checkpoint anew from what a rollback left in the engine."""
+
+    def __init__(self) -> None:
+        self.nan = NaNAt(5)
+
+    def __call__(self, run: Any) -> None:
+        from megalm.training import resume
+        from megalm.training.callbacks import anomalies
+
+        self.nan(run)
+        right = anomalies.roll_back
+
+        def roll_back(run: Any) -> int:
+            step = right(run)
+            state = run.data_state
+            run.data_state = {"samples": 16 * step, "blend": run.loader.blend}
+            if run.is_main:
+                folder = resume.directory(run.config) / f"step-{step}"
+                shutil.copytree(folder, run.directory / "kept")
+            run.groups.barrier()
+            resume.save(run, wait=True)
+            run.data_state = state
+            return step
+
+        anomalies.roll_back = roll_back
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sections"),
+    [
+        (1, {"parallel": {"zero": 0}}),
+        (2, {"parallel": {"zero": 2}}),
+        (2, {"parallel": {"zero": 3}, "train": {"precision": "bf16"}}),
+        (2, {"parallel": {"pipeline": 2}, "train": {"precision": "bf16"}}),
+    ],
+)
+def test_a_rollback_brings_weights_and_moments_back(
+    settings: Settings, tmp_path: Path, ranks: int, sections: dict[str, Any]
+) -> None:
+    tree = merged(settings(), train={"on_nan": "rollback"}, **{k: v for k, v in sections.items() if k != "train"})
+    tree = merged(tree, train=sections.get("train", {}))
+    assert run_ranks(ranks, partial(train_run, sabotage=SaveAfterRollback()), tree) == [0] * ranks
+    kept = {
+        key: tensor for path in (tmp_path / "run" / "kept").glob("*.safetensors") for key, tensor in load(path).items()
+    }
+    back = state(tree, 4)
+    assert kept.keys() == back.keys() and all(torch.equal(tensor, back[key]) for key, tensor in kept.items())
+    assert [record["step"] for record in curve(tree)] == list(range(1, 9))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -196,17 +248,40 @@ def _train_once(tree: dict[str, Any], corpus: Path) -> None:
     shutil.copytree(source, tree["run"]["directory"])
 
 
-def test_a_damaged_checkpoint_is_refused_by_the_file(settings: Settings, corpus: Path) -> None:
+def test_a_byte_in_any_file_of_a_checkpoint(settings: Settings, corpus: Path) -> None:
     tree = settings()
     _train_once(tree, corpus)
     folder = Path(tree["run"]["directory"]) / "checkpoints" / "step-8"
-    victim = next(folder.rglob("*.safetensors"))
-    content = bytearray(victim.read_bytes())
-    content[-1] ^= 1
-    victim.write_bytes(content)
-    with pytest.raises(RankFailed, match=rf"{victim.name} was altered.*use .*step-4 instead"):
+    victims = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(victims) == 3, "weights, moments and the manifest"
+    for victim in victims:
+        content = victim.read_bytes()
+        altered = bytearray(content)
+        altered[-40] ^= 1
+        victim.write_bytes(altered)
+        with pytest.raises(RankFailed, match=rf"step-8 is damaged: {victim.name} .*; use .*step-4 instead"):
+            run_ranks(1, train_run, tree)
+        victim.write_bytes(content)
+    victims[0].unlink()
+    with pytest.raises(RankFailed, match=rf"step-8 is damaged: {victims[0].name} is missing"):
         run_ranks(1, train_run, tree)
-    assert run_ranks(1, train_run, merged(tree, checkpoint={"resume": str(folder.with_name("step-4"))})) == [0]
+    # What is offered works, and the same command works again.
+    back = merged(tree, checkpoint={"resume": str(folder.with_name("step-4"))})
+    assert run_ranks(1, train_run, back) == [0]
+    assert run_ranks(1, train_run, back) == [0]
+    assert checkpoints.steps(folder.parent) == [4, 8] and (folder.parent / "left-step-8").is_dir()
+
+
+def test_a_table_of_positions_keeps_its_rows(settings: Settings) -> None:
+    tree = settings(model={"position": "learned", "hidden_size": 32, "max_position_embeddings": 64})
+    assert run_ranks(1, train_run, merged(tree, train={"steps": 4})) == [0]
+    longer = merged(
+        tree,
+        model={"max_position_embeddings": 128},
+        checkpoint={"allow_changes": ["model.max_position_embeddings"]},
+    )
+    with pytest.raises(RankFailed, match=r"holds positions.weight as \[64, 32\] and the config makes it \[128, 32\]"):
+        run_ranks(1, train_run, longer)
 
 
 def test_a_rollback_without_a_checkpoint_says_so(settings: Settings) -> None:

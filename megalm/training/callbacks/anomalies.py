@@ -24,12 +24,13 @@ class Anomalies(Callback):
         self._scaled = scaled
         self._mean = 0.0
         self._accepted = 0
+        self._judged: str | None = None
         self.anomalies = 0
         self.overflows = 0
 
     def accept(self, norm: float) -> bool:
         """Whether a step of this global gradient norm may be applied. The same on every rank."""
-        kind = self._kind(norm)
+        kind = self._judged = self._kind(norm)
         if kind and self._actions[kind] != "ignore":
             return False
         if math.isfinite(norm):
@@ -55,7 +56,7 @@ class Anomalies(Callback):
         record |= {name: count for name in ("anomalies", "overflows") if (count := getattr(self, name))}
 
     def _act(self, run: Run, record: dict[str, Any]) -> None:
-        kind = self._kind(record["grad_norm"]) or "nan"
+        kind = self._judged or "nan"
         action = self._actions[kind]
         self.anomalies += 1
         what = (

@@ -34,7 +34,7 @@ class Signals(Callback):
             signal.raise_signal(number)
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
-        number = run.groups.maximum(self._received)
+        number = int(run.groups.maximum(self._received))
         if number and run.stop is None and not run.is_last_step:
             run.stop = PREEMPTED
             run.say(

@@ -1,0 +1,183 @@
+"""One process of plain torch: no DeepSpeed, no megatron-core, no engine of ours. What every layout is held against.
+
+It trains in fp64, and in the precision of a run: fp32, or fp16 and bf16 with fp32 master weights, all of them by the
+loop written out here. In fp64 the parts of the model that compute at least in fp32 are replaced by their definitions.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalm.data.batch import Batch
+from megalm.data.loader import Loader
+from megalm.models.decoder import LayerList, build_model, decoder
+from megalm.nn.init import spec_of
+from megalm.nn.layers import Layers
+from megalm.nn.norm import RMSNorm
+from megalm.tokenizer.load import load as load_tokenizer
+from megalm.training.config import RunConfig
+from megalm.training.loop import tensors
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Trace:
+    """What a training run was, from beginning to end. Tensors are whole, by their full names."""
+
+    samples: list[dict[int, bytes]] = field(default_factory=list)
+    """Of each step: sample id -> its tokens, labels, segments, positions."""
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    start: dict[str, np.ndarray] = field(default_factory=dict)
+    """Weights of step 0."""
+    first: dict[str, np.ndarray] = field(default_factory=dict)
+    """First moments after the first step. They start at zero, so this is (1 - beta1) x the clipped gradient; every
+    engine has it, while gradients themselves are gone, cut or scaled when a step is over."""
+    end: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """By kind: weights (fp32) and both moments after the last step."""
+
+
+def batches(config: RunConfig, rank: int, size: int) -> Iterator[list[Batch]]:
+    """Every step's micro-batches of one data-parallel rank, from the real loader, with the masks of this test."""
+    train = config.train
+    with Loader(
+        config.data,
+        load_tokenizer(config.data.tokenizer),
+        rank=rank,
+        size=size,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        sequence_length=train.sequence_length,
+        seed=config.run.seed,
+    ) as loader:
+        for _ in range(train.steps):
+            yield [masked(batch, train.global_batch_size) for batch in next(loader)[0]]
+
+
+def masked(batch: Batch, global_batch_size: int) -> Batch:
+    """The batch with a ragged loss mask that depends on sample ids alone.
+
+    Step 0 has a run of empty samples, so that there are empty micro-batches; step 1 has no odd samples, so that there
+    are empty data-parallel ranks.
+    """
+    mask = batch.loss_mask.copy()
+    for row, sample in enumerate(batch.sample_ids.tolist()):
+        step, place = divmod(sample, global_batch_size)
+        mask[row] *= np.random.default_rng(sample).random(mask.shape[1]) < 0.8
+        if (step == 0 and place // 8 == 1) or (step == 1 and place % 2 == 1):
+            mask[row] = 0.0
+    return Batch(batch.tokens, batch.labels, mask, batch.segment_ids, batch.positions, batch.sample_ids)
+
+
+def sample_contents(batch: Batch) -> dict[int, bytes]:
+    """Sample id -> everything that the loader says of it."""
+    arrays = (batch.tokens, batch.labels, batch.segment_ids, batch.positions)
+    return {
+        sample: b"".join(np.ascontiguousarray(array[row]).tobytes() for array in arrays)
+        for row, sample in enumerate(batch.sample_ids.tolist())
+    }
+
+
+class Exact(Layers):
+    """The factory in fp64, also where the plain one computes in fp32."""
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    def logsumexp(self, logits: Tensor) -> Tensor:
+        return torch.logsumexp(logits, dim=-1)
+
+
+def _exact_norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+
+def _model(config: RunConfig, layers: Layers, dtype: torch.dtype) -> LayerList:
+    settings = config.model.model_copy(update={"attention_backend": "plain"} if dtype == torch.float64 else {})
+    segmented = not config.data.attend_across_documents
+    model = build_model(decoder(settings, layers, seed=config.run.seed, segmented=segmented), config.run.seed)
+    # A run in half precision starts from weights that are rounded to it.
+    model.to(DTYPES[config.train.precision]).to(dtype)
+    if dtype == torch.float64:
+        for module in model.modules():
+            if isinstance(module, RMSNorm):
+                module.forward = partial(_exact_norm, module)  # type: ignore[method-assign]
+    return model.train()
+
+
+def train(
+    config: RunConfig, precision: str, micro_batch_size: int, order: int | None = None, keep_start: bool = False
+) -> Trace:
+    """Train. micro_batch_size: rows at a time, whose gradients are summed. order: shuffles the rows of each step."""
+    dtype = DTYPES[precision]
+    wide = torch.promote_types(dtype, torch.float32)
+    layers = Exact() if dtype == torch.float64 else Layers()
+    model, trace = _model(config, layers, dtype), Trace()
+    named = model.named_weights()
+    if keep_start:
+        trace.start = {name: p.detach().to(torch.float32, copy=True).numpy() for name, p in named.items()}
+    masters = {name: nn.Parameter(p.detach().to(wide, copy=True)) for name, p in named.items()}
+    optimizer = _optimizer(config, [(masters[name], spec_of(p).decay) for name, p in named.items()])
+    # DeepSpeed's starts there, and stays over a few steps.
+    scale = 2.0 ** config.deepspeed["fp16"]["initial_scale_power"] if precision == "fp16" else 1.0
+    whole = config.model_copy(
+        update={"train": config.train.model_copy(update={"micro_batch_size": config.train.global_batch_size})}
+    )
+    for step, [batch] in enumerate(batches(whole, 0, 1)):
+        trace.samples.append(sample_contents(batch))
+        (inputs, (labels, mask)) = tensors(batch)
+        rows = torch.arange(len(labels))
+        if order is not None:
+            rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(order))
+        weights = mask.to(wide) / mask.sum().to(wide)
+        sums = {name: torch.zeros_like(master) for name, master in masters.items()}
+        loss = torch.zeros((), dtype=wide)
+        for part in rows.split(micro_batch_size):
+            logits = model(tuple(x[part] for x in inputs))
+            losses = layers.cross_entropy(logits, labels[part].flatten())
+            if config.model.z_loss:
+                losses = losses + config.model.z_loss * layers.logsumexp(logits).square()
+            part_loss = (losses * weights[part].flatten()).sum()
+            model.zero_grad()
+            (part_loss * scale).backward()
+            loss += part_loss.detach()
+            for name, parameter in named.items():
+                sums[name] += parameter.grad.to(wide)  # type: ignore[union-attr]
+        for name, master in masters.items():
+            master.grad = sums[name] / scale
+        norm = torch.nn.utils.get_total_norm([master.grad for master in masters.values()])
+        if 0 < config.optimizer.gradient_clipping < norm:
+            for master in masters.values():
+                master.grad *= config.optimizer.gradient_clipping / (norm + 1e-6)  # as torch and DeepSpeed have it
+        optimizer.step()
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(masters[name])
+        trace.losses.append(loss.item())
+        trace.norms.append(norm.item())
+        if step == 0:
+            trace.first = {name: optimizer.state[p]["exp_avg"].numpy().copy() for name, p in masters.items()}
+    trace.end["weight"] = {name: p.detach().numpy() for name, p in masters.items()}
+    for kind in KINDS[1:]:
+        trace.end[kind] = {name: optimizer.state[p][kind].numpy() for name, p in masters.items()}
+    return trace
+
+
+def _optimizer(config: RunConfig, parameters: list[tuple[nn.Parameter, bool]]) -> torch.optim.AdamW:
+    settings = config.optimizer
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p, decay in parameters if decay], "weight_decay": settings.weight_decay},
+            {"params": [p for p, decay in parameters if not decay], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+    )
