@@ -49,8 +49,9 @@ class Architecture:
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """config.json's keys of the model."""
         written: dict[str, Any] = {"model_type": self.model_type, "architectures": [self.model_class]}
+        ours = config.model_dump()
         for key in self.keys:
-            written |= key.write(maths(config.model_dump()))
+            written |= key.write(ours | maths(ours))
         return written
 
     def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,6 +77,7 @@ SIZES = (
     Key("intermediate_size", "intermediate_size"),
     Key("max_position_embeddings", "max_position_embeddings", 2048),
     Key("tie_word_embeddings", "tie_word_embeddings", False),
+    Key("init_std", "initializer_range", 0.02),
 )
 GROUPED = (
     Key("num_key_value_heads", "num_key_value_heads", None),
@@ -159,6 +161,7 @@ GPT2 = Architecture(
         Key("intermediate_size", "n_inner", None),
         Key("max_position_embeddings", "n_positions"),
         Key("tie_word_embeddings", "tie_word_embeddings", True),
+        Key("init_std", "initializer_range", 0.02),
         Key("norm_eps", "layer_norm_epsilon", 1e-5),
         Key(
             "activation",

@@ -276,7 +276,7 @@ def _write_config(
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
     if tokenizer.pad_id != tokenizer.eos_id:
         ends["pad_token_id"] = tokenizer.pad_id
-    written = architecture.write(config) | ends | {"torch_dtype": dtype, "initializer_range": config.init_std}
+    written = architecture.write(config) | ends | {"torch_dtype": dtype}
     write_json(folder / CONFIG_FILE, written)
     write_json(folder / "generation_config.json", {key: i for key, i in ends.items() if i is not None})
 
