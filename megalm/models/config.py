@@ -9,7 +9,7 @@ class ModelConfig(BlockConfig):
     """A decoder-only Transformer language model."""
 
     init_from: str | None = None
-    """A Hugging Face folder or a checkpoint whose weights the model starts from, at any layout. Default: random ones."""
+    """A Hugging Face folder or a checkpoint whose weights a run starts from, at any layout. Default: random ones."""
     vocab_size: PositiveInt | None = None
     """Number of token ids. Default: the tokenizer's."""
     pad_vocab_to_multiple_of: PositiveInt = 128

@@ -131,6 +131,7 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     found = joined.decide(begin)
     if found:
         resume.check(manifests.read(found), planned, str(found))
+    source = None if found else resume.open_start(planned)
     model, train, logging = config.model, config.train, config.logging
     anomalies = Anomalies(
         train.on_nan, train.on_spike, train.spike_factor, train.max_anomalies, scaled=train.precision == "fp16"
@@ -167,6 +168,8 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         ],
     )
     state = resume.restore(run, found) if found else None
+    if source:
+        resume.begin(run, source)
     run.loader = Loader(
         config.data,
         planned.tokenizer,
