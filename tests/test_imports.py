@@ -30,7 +30,7 @@ ALLOWED = {
     "optim": {"config", "nvidia_apex"},
     "metrics": {"config"},
     "checkpoint": {"config"},
-    "convert": {"models", "checkpoint", "tokenizer", "config"},
+    "convert": {"models", "nn", "checkpoint", "tokenizer", "config"},  # nn: as for eval
     "eval": {"models", "nn", "checkpoint", "tokenizer", "config"},  # nn: the factory of layers for one process
     "sft": {"data", "tokenizer", "nn", "config"},
 }

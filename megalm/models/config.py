@@ -8,6 +8,8 @@ from megalm.nn.config import BlockConfig
 class ModelConfig(BlockConfig):
     """A decoder-only Transformer language model."""
 
+    init_from: str | None = None
+    """A Hugging Face folder or a checkpoint whose weights a run starts from, at any layout. Default: random ones."""
     vocab_size: PositiveInt | None = None
     """Number of token ids. Default: the tokenizer's."""
     pad_vocab_to_multiple_of: PositiveInt = 128
@@ -35,6 +37,11 @@ class ModelConfig(BlockConfig):
             raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
         if self.position == "rotary" and self.head_width % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_width}")
+        if self.position == "rotary" and (self.rotary_width % 2 or not self.rotary_width):
+            raise ValueError(
+                f"rotary_fraction {self.rotary_fraction:g} turns {self.rotary_width} of {self.head_width} channels, "
+                "which must be an even number: change it"
+            )
         if self.sliding_window and self.position == "alibi":
             raise ValueError("sliding_window with alibi positions is not supported: choose one")
         return self

@@ -126,7 +126,9 @@ class Attention(nn.Module):
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Mask) -> Tensor:
         """Values mixed by attention, with the shape of q."""
         if self.position == "rotary":
-            angles = rotary_angles(positions, q.shape[-1], self.config.rope_theta, self.config.rope_scaling)
+            angles = rotary_angles(
+                positions, self.config.rotary_width, self.config.rope_theta, self.config.rope_scaling
+            )
             q, k = rotate(q, *angles), rotate(k, *angles)
         needs = Requirements(
             device=q.device.type,

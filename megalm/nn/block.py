@@ -19,6 +19,8 @@ Recompute = Literal["none", "selective", "full"]
 class Block(nn.Module):
     """x + attention(norm(x)), then, where the slot is filled, + cross-attention(norm(x)), then + feed-forward(norm(x)).
 
+    With parallel_residual, feed-forward's x is the block's input.
+
     Layer: the stream (hidden, segment_ids, positions, sample_ids) -> the stream. With cross-attention the stream ends
     in (context, context_segments), which pass through.
     """
@@ -41,6 +43,7 @@ class Block(nn.Module):
         assert kind in ("causal", "full"), "the stream carries no prefix lengths"
         self.layers = layers
         self.row_length = config.max_position_embeddings
+        self.parallel_residual = config.parallel_residual
         self.recompute = recompute
 
         def attend(site: str, cross: bool) -> Attention:
@@ -84,6 +87,7 @@ class Block(nn.Module):
         if self.attention_dropout.active:
             rows = self.layers.split(token_rows(positions, sample_ids, self.row_length))
         where = (segment_ids, positions, sample_ids)
+        entered = x
         x = x + self.attention_dropout(self.attention(self.attention_norm(x), *where), rows)
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             encoded, encoded_segments = context
@@ -91,4 +95,5 @@ class Block(nn.Module):
                 self.cross_attention_norm(x), *where, context=encoded, context_segments=encoded_segments
             )
             x = x + self.cross_attention_dropout(mixed, rows)
-        return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x)), rows)
+        source = entered if self.parallel_residual else x
+        return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(source)), rows)

@@ -67,6 +67,8 @@ class BlockConfig(Config):
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """Stretching of the rotary frequencies."""
+    rotary_fraction: float = Field(1.0, gt=0.0, le=1.0)
+    """Share of every head's channels that rotary positions turn, the first ones (GPT-NeoX: 0.25)."""
     qk_norm: bool = False
     """RMSNorm of every query and key head (Qwen3)."""
     sliding_window: PositiveInt | None = None
@@ -77,6 +79,8 @@ class BlockConfig(Config):
     """Bias on attention's output projection."""
     mlp_bias: bool = False
     """Biases in the feed-forward layer."""
+    parallel_residual: bool = False
+    """The feed-forward layer reads the block's input, as attention does, instead of attention's result (GPT-NeoX)."""
     hidden_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropped share of the embeddings and of each sub-layer's output."""
     attention_dropout: float = Field(0.0, ge=0.0, lt=1.0)
@@ -91,6 +95,11 @@ class BlockConfig(Config):
     @property
     def head_width(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Channels of a head that rotary positions turn."""
+        return int(self.head_width * self.rotary_fraction)
 
     @property
     def gated(self) -> bool:

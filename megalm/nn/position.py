@@ -86,8 +86,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of queries or keys, computed in fp32: [batch, seq, heads, head_dim] -> the same."""
-    return _Rotate.apply(x, cos, sin)
+    """Rotary embedding of queries or keys, computed in fp32: [batch, seq, heads, head_dim] -> the same.
+
+    Where there are fewer angles than channel pairs, the channels after the first 2 x angles stay as they are.
+    """
+    width = 2 * cos.shape[-1]
+    if width == x.shape[-1]:
+        return _Rotate.apply(x, cos, sin)
+    return torch.cat((_Rotate.apply(x[..., :width], cos, sin), x[..., width:]), dim=-1)
 
 
 @cache

@@ -30,6 +30,8 @@ AXES = {
 FEATURES = {
     "position": "model.position",
     "rope_scaling": "model.rope_scaling.kind",
+    "rotary_fraction": "model.rotary_fraction",
+    "parallel_residual": "model.parallel_residual",
     "norm": "model.norm",
     "activation": "model.activation",
     "key_value_heads": "model.num_key_value_heads",
@@ -78,6 +80,8 @@ def features(config: Any, layout: Layout) -> dict[str, str]:
     return {
         "position": model.position,
         "rope_scaling": model.rope_scaling.kind if model.rope_scaling else "none",
+        "rotary_fraction": "part" if model.position == "rotary" and model.rotary_fraction < 1 else "whole",
+        "parallel_residual": _switch(model.parallel_residual),
         "norm": model.norm,
         "activation": model.activation,
         "key_value_heads": heads,

@@ -147,6 +147,7 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         state=state,
         allowed=config.checkpoint.allow_changes,
     )
+    source = None if found else resume.open_start(planned)
     model, train, logging = config.model, config.train, config.logging
     anomalies = Anomalies(
         train.on_nan, train.on_spike, train.spike_factor, train.max_anomalies, scaled=train.precision == "fp16"
@@ -185,6 +186,8 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     )
     if found:
         resume.restore(run, found)
+    elif source:
+        resume.begin(run, source)
     if loader.restarted:
         run.say(f"the samples start anew from the first: {loader.restarted} changed, which is allowed")
     if run.is_main:

@@ -1,6 +1,7 @@
 """A run's state to and from its checkpoints."""
 
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from megalm.checkpoint.config import CHANGEABLE
 from megalm.checkpoint.folder import NotWritten
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.tensors import Reader, Snapshot
+from megalm.convert import start
+from megalm.convert.sources import CheckpointSource, Source
 from megalm.errors import MegalmError
+from megalm.parallel.state import WEIGHT, Piece
 from megalm.training.config import RunConfig
 from megalm.training.plan import Plan
 from megalm.training.run import Run
@@ -31,8 +35,8 @@ _SAME = (
     ("deepspeed", "DeepSpeed would do otherwise"),
 )
 """Keys a run keeps for life, and what would happen otherwise; the loader sees to those that order the samples."""
-_FREE = ("attention_backend", "norm_implementation")
-"""Keys of the model that say how, not what, it computes."""
+_FREE = ("attention_backend", "norm_implementation", "init_from")
+"""Keys of the model that say how, not what, it computes, and where it once started."""
 
 
 def directory(config: RunConfig) -> Path:
@@ -159,21 +163,55 @@ def restore(run: Run, folder: Path) -> None:
             callback.restore(state)
 
 
+def open_start(plan: Plan) -> Source | None:
+    """The weights that a fresh run starts from, if not from random ones. Raises MegalmError if they do not fit."""
+    config = plan.config
+    if config.model.init_from is None:
+        return None
+    path = Path(config.model.init_from)
+    return start.open_start(path, config.model, plan.tokenizer, config.checkpoint.allow_changes)
+
+
+@torch.no_grad()
+def begin(run: Run, source: Source) -> None:
+    """Give the model the weights of `source`; moments, steps and samples start from nothing. Every rank calls it."""
+    if isinstance(source, CheckpointSource):
+        checkpoints.verify(source.path, run.groups)
+    with source:
+        for piece in _pieces(run, source.path, len(source.shapes)):
+            weight = source.stretch(
+                piece.name,
+                piece.shape,
+                piece.shard_dim,
+                piece.tensor_rank,
+                run.plan.layout.tensor,
+                piece.start,
+                piece.count,
+            )
+            piece.tensors[WEIGHT].copy_(weight)
+    run.engine.state.publish()
+    run.say(f"the weights are those of {source.path}")
+
+
+def _pieces(run: Run, folder: Path, parameters: int) -> Iterator[Piece]:
+    """What this rank holds of the training state, with a bar that is seen where it takes long, on a terminal."""
+    return tqdm(
+        run.engine.pieces(run.layer_names, owned=False),
+        desc=f"reading {folder.name}",
+        total=parameters // run.plan.layout.pipeline,
+        delay=5.0,
+        leave=False,
+        disable=None if run.is_main else True,
+    )
+
+
 @torch.no_grad()
 def _fill(run: Run, folder: Path, manifest: Manifest) -> None:
     """Weights, moments and step from a checkpoint."""
     state, tensor_size = run.engine.state, run.plan.layout.tensor
     state.prepare(manifest.optimizer["updates"])
-    pieces = tqdm(  # seen where it takes long, and only on a terminal
-        run.engine.pieces(run.layer_names, owned=False),
-        desc=f"reading {folder.name}",
-        total=len(manifest.parameters) // run.plan.layout.pipeline,
-        delay=5.0,
-        leave=False,
-        disable=None if run.is_main else True,
-    )
     with Reader(folder, manifest) as reader:
-        for piece in pieces:
+        for piece in _pieces(run, folder, len(manifest.parameters)):
             if list(piece.shape) != (saved := manifest.parameters[piece.name]["shape"]):
                 raise MegalmError(
                     f"{folder} holds {piece.name} as {saved} and the config makes it {list(piece.shape)}: it would be "

@@ -115,6 +115,8 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
             "activation": "gelu",
             "num_key_value_heads": 8,
             "rope_scaling": {"kind": "linear", "factor": 2.0},
+            "rotary_fraction": 0.5,
+            "parallel_residual": True,
         },
         "data": APART,
     },

@@ -1,0 +1,1 @@
+"""Hugging Face <-> megalm: one table of names per architecture, read in both directions."""

@@ -1,0 +1,183 @@
+"""The gate: a conversion stands only if transformers and megalm compute the same logits from its two sides.
+
+megalm's side is computed layer by layer, so that only one layer is in memory; transformers holds the whole model.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalm.errors import MegalmError
+from megalm.models.config import ModelConfig
+from megalm.models.decoder import Embedding, Head, decoder
+from megalm.nn.layers import Layers
+from megalm.tokenizer.base import Tokenizer
+
+TOLERANCE = 1e-5
+"""Largest difference of two logits, in fp32; of logits beyond 1, in units of the largest."""
+LENGTH = 256
+"""Tokens of a sequence that is compared, where the model takes so many."""
+TEXT = """\
+All human beings are born free and equal in dignity and rights. They are endowed with reason and conscience and
+should act towards one another in a spirit of brotherhood.
+人人生而自由,在尊严和权利上一律平等。他们赋有理性和良心,并应以兄弟关系的精神相对待。
+すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。
+Все люди рождаются свободными и равными в своем достоинстве и правах.
+يولد جميع الناس أحرارًا متساوين في الكرامة والحقوق.
+Tous les êtres humains naissent libres et égaux en dignité et en droits; naïve façade, cœur — 3.14159 ≈ π 🙂👩‍👩‍👧
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)  # 0 for none?\t1234567890
+"""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """difference: the largest of two logits, in fp32. notes: what a user of the folder should know, a sentence each."""
+
+    difference: float
+    notes: list[str]
+
+
+def judge(config: ModelConfig, weight: Callable[[str], Tensor], tokenizer: Tokenizer, folder: Path) -> Verdict:
+    """Compare megalm's model, whose weights `weight` gives by full name, with transformers' of a folder.
+
+    Raises MegalmError if they differ, if a logit is not a number, if transformers finds a tensor missing, unknown or of
+    another shape, or if it is not installed; or if its tokenizer, where the folder has one, gives other ids.
+    """
+    transformers = _transformers()
+    tokens = _tokens(config, tokenizer)
+    ours = logits(config, weight, tokens)
+    with _quiet(transformers):
+        theirs = _their_logits(transformers, folder, tokens)
+        notes = _compare_tokenizers(transformers, tokenizer, folder)
+    for name, computed in (("megalm", ours), ("transformers", theirs)):
+        if not computed.isfinite().all():
+            raise MegalmError(f"the logits that {name} computes are not finite: the weights are damaged, or overflow")
+    difference = (ours - theirs).abs().max().item()
+    allowed = TOLERANCE * max(1.0, ours.abs().max().item())
+    if difference > allowed:
+        raise MegalmError(
+            f"megalm and transformers compute different logits, by up to {difference:.2g} (allowed: {allowed:.2g}): "
+            "the mapping of this architecture is wrong for this model, please report it"
+        )
+    return Verdict(difference, notes)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise MegalmError(
+            "transformers is not installed, which compares the two models: pip install 'megalm[convert]', or convert "
+            "with --no-verify"
+        ) from None
+    return transformers
+
+
+def _tokens(config: ModelConfig, tokenizer: Tokenizer) -> Tensor:
+    """Two sequences [2, seq]: a text, and ids from all over the vocabulary (a text meets few of them)."""
+    assert config.vocab_size is not None
+    length = min(LENGTH, config.max_position_embeddings)
+    window = config.sliding_window
+    if window and window < 1024:  # a window is seen to matter only beyond its length
+        length = min(max(length, window + 64), config.max_position_embeddings)
+    text = tokenizer.encode(TEXT) or [tokenizer.eos_id]
+    text = (text * (length // len(text) + 1))[:length]
+    return torch.stack((torch.tensor(text), torch.linspace(0, config.vocab_size - 1, length).round().long()))
+
+
+@torch.no_grad()
+def logits(config: ModelConfig, weight: Callable[[str], Tensor], tokens: Tensor) -> Tensor:
+    """tokens [batch, seq] -> [batch, seq, vocab] of a model in fp32, of which one layer at a time is in memory."""
+    positions = torch.arange(tokens.shape[1]).repeat(tokens.shape[0], 1)
+    stream: Any = (tokens, torch.zeros_like(positions), positions, torch.arange(tokens.shape[0]))
+    embedding: Embedding | None = None
+    for spec in decoder(config, Layers(), seed=0, segmented=False):
+        with torch.device("meta"):
+            layer = spec.build().eval()
+        layer.to_empty(device="cpu")
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(weight(f"{spec.name}.{name}"))
+        if spec.tied_to is not None:
+            assert isinstance(layer, Head) and embedding is not None
+            layer.tie(embedding)
+        elif isinstance(layer, Embedding) and config.tie_word_embeddings:
+            embedding = layer
+        stream = layer(stream)
+    return stream.view(*tokens.shape, -1)[..., : config.vocab_size]
+
+
+def _their_logits(transformers: Any, folder: Path, tokens: Tensor) -> Tensor:
+    try:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+    except Exception as error:  # whatever transformers raises, it does not load
+        raise MegalmError(
+            f"transformers {transformers.__version__} cannot load {folder} ({_first_line(error)}): use another version "
+            "of it, or convert with --no-verify"
+        ) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, found[kind])):
+            raise MegalmError(
+                f"transformers {transformers.__version__} finds {kind.replace('_', ' ')} in the folder, {len(names)}, "
+                f"the first {names[0]}: the mapping of this architecture is wrong for this model, please report it"
+            )
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens, use_cache=False).logits.float()
+
+
+def _compare_tokenizers(transformers: Any, tokenizer: Tokenizer, folder: Path) -> list[str]:
+    """Raises MegalmError if transformers gives other ids to the text; notes what its own choice of a class spoils."""
+    if not (folder / "tokenizer.json").exists():
+        return []
+    lines = TEXT.splitlines(keepends=True)
+    expected = tokenizer.encode_batch(lines)
+
+    def ids(kind: Any) -> list[list[int]] | str:
+        try:
+            theirs = kind.from_pretrained(folder, local_files_only=True)
+            return [theirs.encode(line, add_special_tokens=False) for line in lines]
+        except Exception as error:  # whatever transformers raises, the tokenizer does not load
+            return _first_line(error)
+
+    plain = ids(transformers.PreTrainedTokenizerFast)
+    if plain != expected:
+        why = plain if isinstance(plain, str) else "for the gate's text"
+        raise MegalmError(
+            f"tokenizer.json gives transformers other ids than megalm's tokenizer ({why}): give another --tokenizer"
+        )
+    if ids(transformers.AutoTokenizer) != expected:
+        return [
+            f"AutoTokenizer of transformers {transformers.__version__} puts a class of its own in this tokenizer's "
+            "place and gives other ids: load it with PreTrainedTokenizerFast.from_pretrained"
+        ]
+    return []
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without transformers' bars and reports, whose content is checked here."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(logging.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

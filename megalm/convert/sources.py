@@ -1,0 +1,214 @@
+"""Where a model's weights come from: a checkpoint of any layout, or a Hugging Face folder. Both are read by parts."""
+
+import math
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from megalm.checkpoint import folder as checkpoints
+from megalm.checkpoint import manifest as manifests
+from megalm.checkpoint import tensors
+from megalm.checkpoint.manifest import Manifest
+from megalm.checkpoint.tensors import WEIGHT, Reader
+from megalm.convert import architectures
+from megalm.convert.folder import CODES, CONFIG_FILE, Weights, read_json
+from megalm.convert.mapping import Same, Vocabulary
+from megalm.errors import MegalmError
+from megalm.models.config import ModelConfig
+
+TABLES = ("embedding.table.weight", "head.weight")
+"""Weights with a row per token id, and rows of zeros that pad them."""
+
+
+class Source(ABC):
+    """The weights of a model, by megalm's full names. A context manager."""
+
+    path: Path
+    config: ModelConfig
+    """With kernels chosen anew: those of the machine that trained it may not be here."""
+    dtypes: dict[str, str]
+    """Full name -> name of the dtype a weight is kept in, or of that of the forward pass it was trained in."""
+    shapes: dict[str, tuple[int, ...]]
+    """Full name -> shape, the padded vocabulary included."""
+
+    @abstractmethod
+    def __enter__(self) -> "Source": ...
+
+    @abstractmethod
+    def __exit__(self, *exception: object) -> None: ...
+
+    @abstractmethod
+    def _rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first..last, fp32, all of which there are; little more than that is read."""
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first..last of a weight, fp32; below the last token id a table has rows of zeros without end."""
+        if name not in TABLES:
+            return self._rows(name, first, last)
+        assert self.config.vocab_size is not None
+        rows = torch.zeros(last - first, *self.shapes[name][1:])
+        there = min(last, self.config.vocab_size)
+        if first < there:
+            rows[: there - first] = self._rows(name, first, there)
+        return rows
+
+    def whole(self, name: str) -> Tensor:
+        """A whole weight, fp32."""
+        return self.rows(name, 0, self.shapes[name][0])
+
+    def stretch(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        shard_dim: int | None,
+        tensor_rank: int,
+        tensor_size: int,
+        start: int,
+        count: int,
+    ) -> Tensor:
+        """Numbers start..start+count of the flattened slice `tensor_rank` of `tensor_size` along shard_dim, fp32.
+
+        shape: of the whole tensor, which may have another number of rows that pad the vocabulary.
+        """
+        if shard_dim:  # a matrix that is cut along its columns
+            width = shape[1] // tensor_size
+            first, last = start // width, -(-(start + count) // width)
+            block = self.rows(name, first, last)[:, tensor_rank * width : (tensor_rank + 1) * width]
+        else:
+            width = math.prod(shape[1:])
+            start += 0 if shard_dim is None else tensor_rank * math.prod(shape) // tensor_size
+            first, last = start // width, -(-(start + count) // width)
+            block = self.rows(name, first, last)
+        skipped = start - first * width
+        return block.reshape(-1)[skipped : skipped + count]
+
+
+class CheckpointSource(Source):
+    """A checkpoint of any layout."""
+
+    def __init__(self, path: Path):
+        """path: a run folder (its newest), or a checkpoint folder.
+
+        Raises MegalmError if there is none, or if it is incomplete or of another version.
+        """
+        self.path = folder = checkpoints.resolve(path)
+        self.manifest = manifests.read(folder)
+        self.files = tensors.weight_files(self.manifest)
+        checkpoints.refuse_damaged(folder, manifests.faults(folder, self.manifest, self.files, checksums=False))
+        self.config = _model(folder, self.manifest)
+        self.dtypes = {name: entry["dtype"] for name, entry in self.manifest.parameters.items()}
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in self.manifest.parameters.items()}
+        if self.shapes != architectures.shapes(self.config):
+            raise MegalmError(
+                f"checkpoint {folder} holds other weights than its config describes: use the version of megalm that "
+                f"wrote it, {self.manifest.versions.get('megalm', 'unknown')}"
+            )
+        self._reader = Reader(folder, self.manifest)
+
+    def __enter__(self) -> "CheckpointSource":
+        self._reader.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._reader.__exit__(*exception)
+
+    def _rows(self, name: str, first: int, last: int) -> Tensor:
+        shape = self.shapes[name]
+        width = math.prod(shape[1:])
+        flat = self._reader.stretch(name, WEIGHT, None, 0, 1, first * width, (last - first) * width)
+        return flat.view(last - first, *shape[1:])
+
+
+def _model(folder: Path, manifest: Manifest) -> ModelConfig:
+    described = manifest.config["model"] | {"attention_backend": "auto", "norm_implementation": "auto"}
+    try:
+        return ModelConfig.model_validate(described)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise MegalmError(
+            f"checkpoint {folder} holds a model this version of megalm does not know: "
+            f"model.{'.'.join(map(str, first['loc']))}: {first['msg']}; use the version that wrote it, "
+            f"{manifest.versions.get('megalm', 'unknown')}"
+        ) from None
+
+
+class FolderSource(Source):
+    """A Hugging Face folder."""
+
+    def __init__(self, path: Path):
+        """Raises MegalmError if it is not one, if it is not whole, or if megalm has not its architecture."""
+        self.path = path
+        self.described = read_json(path / CONFIG_FILE)
+        self.architecture, self.config = architectures.of_json(self.described, str(path / CONFIG_FILE))
+        self.shapes = architectures.shapes(self.config)
+        self.entries = architectures.entries(self.architecture, self.config)
+        self._weights = Weights(path)
+        try:
+            self._names = self._check()
+        except BaseException:
+            self._weights.__exit__()
+            raise
+        self._entry = {name: (entry, i) for entry in self.entries for i, name in enumerate(entry.ours)}
+        self.dtypes = {name: self._weights.dtype(self._names[entry.theirs]) for name, (entry, _) in self._entry.items()}
+
+    def __enter__(self) -> "FolderSource":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._weights.__exit__(*exception)
+
+    def _check(self) -> dict[str, str]:
+        """Every tensor's name -> the one it has in this folder, which may leave out the first part (`model.`).
+
+        Raises MegalmError for the first that is missing, unknown, of another shape or not a float.
+        """
+        there, names = set(self._weights.names()), {}
+        expected = architectures.their_shapes(self.architecture, self.config)
+        for name, shape in expected.items():
+            short = name.partition(".")[2]
+            found = name if name in there else short
+            if found not in there:
+                raise MegalmError(
+                    f"{self.path} has no tensor {name}, which its {CONFIG_FILE} describes: copy the folder again, or "
+                    "correct that file"
+                )
+            if self._weights.shape(found) != shape:
+                raise MegalmError(
+                    f"{self.path}: the tensor {found} is {list(self._weights.shape(found))}, and {CONFIG_FILE} "
+                    f"describes {list(shape)}: the two do not belong together"
+                )
+            if (dtype := self._weights.dtype(found)) not in CODES:
+                raise MegalmError(
+                    f"{self.path}: the tensor {found} is {dtype}, and only {', '.join(CODES)} are read: save it as one"
+                )
+            names[name] = found
+        for name in sorted(there - set(names.values())):
+            if not architectures.is_ignored(self.architecture, self.config, name):
+                raise MegalmError(
+                    f"{self.path} has a tensor {name}, which no {self.architecture.model_class} has: it is another "
+                    "architecture"
+                )
+        return names
+
+    def _rows(self, name: str, first: int, last: int) -> Tensor:
+        entry, index = self._entry[name]
+        place = self._names[entry.theirs]
+        if type(entry.mapping) in (Same, Vocabulary):
+            return self._weights.rows(place, first, last).float()
+        return self.restore(entry)[index][first:last]
+
+    def restore(self, entry: architectures.Entry) -> list[Tensor]:
+        """All of megalm's tensors that one of the folder's is made of, fp32."""
+        place = self._names[entry.theirs]
+        tensor = self._weights.rows(place, 0, self._weights.shape(place)[0]).float()
+        return list(entry.mapping.restore(tensor, self.config))
+
+
+def open_source(path: Path) -> Source:
+    """A checkpoint (or a run), or a Hugging Face folder. Raises MegalmError if it is neither, or not whole."""
+    if not path.exists():
+        raise MegalmError(f"{path} does not exist: name a Hugging Face folder, a run folder or RUN/checkpoints/step-N")
+    return FolderSource(path) if (path / CONFIG_FILE).exists() else CheckpointSource(path)
