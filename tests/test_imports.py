@@ -31,7 +31,8 @@ ALLOWED = {
     "metrics": {"config"},
     "checkpoint": {"config"},
     "convert": {"models", "checkpoint", "tokenizer", "config"},
-    "eval": {"models", "nn", "checkpoint", "tokenizer", "config"},  # nn: the factory of layers for one process
+    # nn: the factory of layers, the cache of keys; layout: which models a tensor degree can cut
+    "eval": {"models", "nn", "checkpoint", "tokenizer", "layout", "config"},
     "sft": {"data", "tokenizer", "nn", "config"},
 }
 ALLOWED["training"] = set(ALLOWED)
