@@ -52,7 +52,7 @@ def test_ids_equal_hugging_face(folder: Path, tokenizer: Tokenizer, template: st
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token=NAMES[0]
     )
     for messages in (MESSAGES, MESSAGES[:2], MESSAGES[1:]):
-        text = theirs.apply_chat_template(messages, template, add_generation_prompt=reply, tokenize=False)
+        text = theirs.apply_chat_template(messages, chat_template=template, add_generation_prompt=reply, tokenize=False)
         expected = theirs(text, add_special_tokens=False)["input_ids"]
         assert Chat(tokenizer, template).encode(messages, reply=reply) == expected
         assert Chat(tokenizer, template).encode(messages, reply=not reply) != expected
