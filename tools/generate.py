@@ -29,6 +29,18 @@ def main() -> None:
         raise MegalmError(f"batch size {given.batch_size} is not 1 or more: 16 is a usual one")
     if given.chat and given.prompts:
         raise MegalmError("--chat holds one conversation: leave out --prompts, or --chat")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if given.tensor != ranks:
+        raise MegalmError(
+            f"--tensor {given.tensor} shares the weights between {given.tensor} ranks and {ranks} "
+            f"{'was' if ranks == 1 else 'were'} started: start it with torchrun --nproc-per-node {given.tensor}",
+            echo=os.environ.get("RANK", "0") != "0",
+        )
+    if ranks > 1 and not (given.prompt or given.prompts or given.chat):
+        raise MegalmError(
+            "several ranks cannot read one standard input: give --prompt or --prompts",
+            echo=os.environ["RANK"] != "0",
+        )
     prompts = [] if given.chat else read_prompts(given)
 
     import torch  # from here on imports take seconds
@@ -42,13 +54,6 @@ def main() -> None:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place, where = None, dict[str, Any]()
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if given.tensor != ranks:
-        raise MegalmError(
-            f"--tensor {given.tensor} shares the weights between {given.tensor} ranks and {ranks} "
-            f"{'was' if ranks == 1 else 'were'} started: start it with torchrun --nproc-per-node {given.tensor}",
-            echo=os.environ.get("RANK", "0") != "0",
-        )
     if ranks > 1:
         from megalm.parallel.inference import join
 
@@ -69,22 +74,23 @@ def main() -> None:
     if given.chat:
         from megalm.tokenizer.chat import Chat, read_template
 
-        ask = partial(input, "> " if sys.stdin.isatty() else "")
         chat = Chat(tokenizer, read_template(given.tokenizer or tokenizer_path(given.path)))
         talk(chat, run, given.system, given.prompt, (lambda: place.groups.decide(ask)) if place else ask, say)
-        return
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    length, context = max(map(len, encoded), default=0), config.max_position_embeddings
-    if length > context:
-        say(f"note: the model sees the last {context} of the prompt's {length} tokens", file=sys.stderr)
-    if given.prompts:
-        for start in range(0, len(prompts), given.batch_size):
-            batch = encoded[start : start + given.batch_size]
-            for prompt, text in zip(prompts[start:], collect(run(batch), len(batch))):
-                say(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
     else:
-        say(prompts[0], end="", flush=True)
-        show(run(encoded), say)
+        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        length, context = max(map(len, encoded), default=0), config.max_position_embeddings
+        if length > context:
+            say(f"note: the model sees the last {context} of the prompt's {length} tokens", file=sys.stderr)
+        if given.prompts:
+            for start in range(0, len(prompts), given.batch_size):
+                batch = encoded[start : start + given.batch_size]
+                for prompt, text in zip(prompts[start:], collect(run(batch), len(batch))):
+                    say(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
+        else:
+            say(prompts[0], end="", flush=True)
+            show(run(encoded), say)
+    if place:
+        place.leave()
 
 
 def arguments() -> argparse.Namespace:
@@ -147,16 +153,25 @@ def _prompt(line: str, where: str) -> str:
     return prompt
 
 
+def ask() -> str | None:
+    """The next line of standard input; None at its end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
 def talk(
-    chat: "Chat", run: Generate, system: str | None, asked: str | None, ask: Callable[[], str], say: Callable[..., None]
+    chat: "Chat",
+    run: Generate,
+    system: str | None,
+    asked: str | None,
+    next_line: Callable[[], str | None],
+    say: Callable[..., None],
 ) -> None:
-    """Answer `asked`, or what ask() returns until it raises EOFError. The model sees the whole conversation."""
+    """Answer `asked`, or what next_line() returns until it is None. The model sees the whole conversation."""
     messages: list[Message] = [{"role": "system", "content": system}] if system is not None else []
-    while True:
-        try:
-            content = asked if asked is not None else ask()
-        except EOFError:
-            return
+    while (content := asked if asked is not None else next_line()) is not None:
         messages.append({"role": "user", "content": content})
         answer = show(run([chat.encode(messages)], ends=chat.ends), say)
         messages.append({"role": "assistant", "content": answer})
