@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, hash_string, make_disjoint_window, make_table
+from lm_eval.utils import get_rolling_token_windows, hash_string, make_disjoint_window
 from tqdm import tqdm
 
 from megalm.errors import MegalmError
@@ -247,7 +247,8 @@ def run_tasks(
     named = [str(Path(task).resolve()) if task.endswith((".yaml", ".yml")) else task for task in tasks]
     folders = [str(folder.resolve()) for folder in include]
     with chdir(data or Path.cwd()):
-        manager = TaskManager(include_path=folders)
+        # the harness's own tasks are thousands of files: they are looked through where one of them may be meant
+        manager = TaskManager(include_path=folders, include_defaults=not all(Path(task).is_file() for task in named))
         for given, task in zip(tasks, named):
             if task not in manager.task_index and not Path(task).is_file():
                 near = get_close_matches(task, manager.all_tasks, n=1)
@@ -294,5 +295,33 @@ def report(found: dict[str, Any], about: dict[str, Any]) -> tuple[dict[str, Any]
         "documents": found["n-samples"],
         "higher_is_better": found["higher_is_better"],
     }
-    table = make_table(found) + (("\n" + make_table(found, "groups")) if found.get("groups") else "")
-    return json.loads(json.dumps(kept, default=str)), table
+    return json.loads(json.dumps(kept, default=str)), _table(found)
+
+
+def _table(found: dict[str, Any]) -> str:
+    """A row per task and metric; groups, which are means over tasks, come last."""
+    rows = [["task", "shots", "metric", "", "value", "standard error"]]
+    groups = found.get("groups", {})
+    for task, metrics in [*(each for each in found["results"].items() if each[0] not in groups), *groups.items()]:
+        for name, value in metrics.items():
+            metric, _, filtered = name.partition(",")
+            if not filtered or metric.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{metric}_stderr,{filtered}")
+            higher = found["higher_is_better"].get(task, {}).get(metric)
+            rows.append(
+                [
+                    task,
+                    str(found["n-shot"].get(task, "")),
+                    metric if filtered == "none" else f"{metric} ({filtered})",
+                    {True: "↑", False: "↓"}.get(higher, ""),
+                    f"{value:.4f}" if isinstance(value, float) else str(value),
+                    f"{error:.4f}" if isinstance(error, float) else "-",
+                ]
+            )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    words = [
+        [text.rjust(width) if place > 3 else text.ljust(width) for place, (text, width) in enumerate(zip(row, widths))]
+        for row in rows
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in words)

@@ -70,7 +70,7 @@ def read_course(path: Path) -> Course:
     if not record:
         raise MegalmError(f"{metrics} holds no records up to the step of {path}: name a later one")
     files = sorted((run / "evaluation").glob("step-*.json"))
-    evaluated = sorted((each for file in files if (each := _read(file)).step <= last), key=lambda each: each.step)
+    evaluated = sorted((found for file in files if (found := _read(file)).step <= last), key=lambda found: found.step)
     loss = record.get("loss")
     loss = math.nan if loss is None else float(loss)
     return Course(run, record["step"], record.get("tokens"), loss, held_out, bits, evaluated)

@@ -148,7 +148,9 @@ def test_the_command_over_a_checkpoint_and_over_an_export(
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", *TASKS, "--samples", "--batch-size", 4)
     out = capsys.readouterr().out
-    assert "local_multiple_choice" in out and "Stderr" in out and "bits_per_byte" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["task", "shots", "metric", "value", "standard", "error"]
+    assert [line[:4] for line in lines if "acc" in line] == [["local_multiple_choice", "0", "acc", "↑"]]
     output = checkpoint.parent.parent / "evaluation" / "step-20.json"
     ours = json.loads(output.read_text())
     assert ours["checkpoint"]["step"] == 20 and len(ours["checkpoint"]["fingerprint"]) == 32
@@ -189,5 +191,7 @@ def test_the_command_over_a_checkpoint_and_over_an_export(
     assert json.loads(result.read_text())["documents"]["hellaswag"]["effective"] == 3
     with pytest.raises(MegalmError, match=r"there is no task hellaswagg \(did you mean hellaswag\?\)"):
         evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", "hellaswagg", *options)
-    with pytest.raises(MegalmError, match="the data of gsm8k cannot be read"):
-        evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", "gsm8k", *options)
+    lost = tmp_path / "lost.yaml"
+    lost.write_text(TASKS[0].read_text().replace("configs/eval/data/", "nowhere/"))
+    with pytest.raises(MegalmError, match=r"the data of .*lost.yaml cannot be read \(Unable to find"):
+        evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", lost, *options)
