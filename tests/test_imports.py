@@ -30,8 +30,9 @@ ALLOWED = {
     "optim": {"config", "nvidia_apex"},
     "metrics": {"config"},
     "checkpoint": {"config"},
-    "convert": {"models", "nn", "checkpoint", "tokenizer", "config"},  # nn: as for eval
-    "eval": {"models", "nn", "checkpoint", "tokenizer", "config"},  # nn: the factory of layers for one process
+    # nn: the factory of layers, the cache of keys; layout: which models a tensor degree can cut
+    "convert": {"models", "nn", "checkpoint", "tokenizer", "config"},
+    "eval": {"models", "nn", "checkpoint", "tokenizer", "layout", "config"},
     "sft": {"data", "tokenizer", "nn", "config"},
 }
 ALLOWED["training"] = set(ALLOWED)

@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 OURS = {"megalm", "launch", "tools"}
 # Optional packages that PyPI does not have (flash-attn 3's is called so only when built from source).
 NOT_ON_PYPI = {"apex", "flash_attn_interface"}
-UNTESTED_EXTRAS = {"flash", "eval"}  # one needs nvcc to install, nothing imports the other yet
+UNTESTED_EXTRAS = {"flash"}  # needs nvcc to install
 
 
 def project() -> dict[str, list[Requirement]]:

@@ -1,4 +1,4 @@
-"""A trained model in one process, from what its run left behind."""
+"""A trained model, whole or cut over tensor-parallel ranks, from what its run left behind."""
 
 from pathlib import Path
 
@@ -10,8 +10,10 @@ from megalm.checkpoint import manifest as manifests
 from megalm.checkpoint import tensors
 from megalm.checkpoint.manifest import Manifest
 from megalm.errors import MegalmError
+from megalm.layout import Layout, check_model
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import LayerList, build_model, decoder
+from megalm.nn.init import spec_of
 from megalm.nn.layers import Layers
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load as load_tokenizer
@@ -23,30 +25,52 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
+    layers: Layers | None = None,
+    ranks: checkpoints.Ranks | None = None,
 ) -> tuple[LayerList, ModelConfig, Tokenizer]:
-    """The whole model in eval mode, whatever layout wrote it; its config; and the tokenizer it was trained with.
+    """The model in eval mode, whatever layout wrote it; its config; and the tokenizer it was trained with.
 
     path: a run folder or RUN/checkpoints (their newest), or a checkpoint folder. dtype: of the weights; by default as
-    they were saved. tokenizer: its path, where it has moved since the run. The config has backends of this device.
+    they were saved. tokenizer: its path, where it has moved since the run. layers: what the model is built of; over
+    tensor-parallel ranks (parallel.inference) each reads and holds its slices only. ranks: all that load together. The
+    config has backends of this device.
 
     Raises MegalmError if the checkpoint is missing, damaged (sizes of all files, checksums of the weights) or not of
-    this version, if the tokenizer is not the model's, or if there is no such device.
+    this version, if the tokenizer is not the model's, if the ranks cannot cut the model, or if there is no such device.
+    Every rank calls it.
     """
+    layers, ranks = layers or Layers(), ranks or checkpoints.Alone()
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise MegalmError(f"there is no CUDA device here for a model on {device}: choose the device cpu")
     folder = checkpoints.resolve(Path(path))
-    manifest = checkpoints.verify(folder, checkpoints.Alone(), checksums=False)
-    checkpoints.refuse_damaged(folder, manifests.faults(folder, manifest, tensors.weight_files(manifest)))
+    manifest = checkpoints.verify(folder, ranks, checksums=False)
+    mine = manifests.faults(folder, manifest, sorted(tensors.weight_files(manifest))[ranks.rank :: ranks.size])
+    checkpoints.refuse_damaged(folder, sorted(fault for part in ranks.gather(mine) for fault in part))
     config = model_config(folder, manifest)
+    check_model(
+        Layout(tensor=layers.tensor_size),
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.key_value_heads,
+        intermediate_size=config.feed_forward_width,
+        padded_vocab_size=config.padded_vocab_size(),
+        num_layers=config.num_layers,
+        stages=1,
+    )
     loaded = _tokenizer(tokenizer or manifest.config["data"]["tokenizer"], config, manifest, folder)
     with torch.device("meta"):  # nothing is allocated before device and dtype are known
-        model = build_model(decoder(config, Layers(), seed=0, segmented=False), seed=None)
+        model = build_model(decoder(config, layers, seed=0, segmented=False), seed=None)
+    cuts = {name: spec_of(parameter).shard_dim for name, parameter in model.named_weights().items()}
     if dtype is None:
         dtype = getattr(torch, next(iter(manifest.parameters.values()))["dtype"])
     model.to(dtype=dtype).to_empty(device=device)
     model.tie()
-    _fill(model, folder, manifest)
+    _fill(model, folder, manifest, cuts, layers)
     return model.eval().requires_grad_(False), config, loaded
+
+
+def tokenizer_path(path: str | Path) -> str:
+    """Where the tokenizer was that a run or checkpoint was trained with."""
+    return manifests.read(checkpoints.resolve(Path(path))).config["data"]["tokenizer"]
 
 
 def model_config(folder: Path, manifest: Manifest) -> ModelConfig:
@@ -91,10 +115,16 @@ def _tokenizer(path: str | Path, config: ModelConfig, manifest: Manifest, folder
 
 
 @torch.no_grad()
-def _fill(model: LayerList, folder: Path, manifest: Manifest) -> None:
-    """Copy a checkpoint's weights into the model of its config."""
+def _fill(model: LayerList, folder: Path, manifest: Manifest, cuts: dict[str, int | None], layers: Layers) -> None:
+    """Copy a checkpoint's weights, or this rank's slices of them, into the model of its config.
+
+    cuts: name -> dimension along which tensor parallelism cuts a weight.
+    """
     ours = model.named_weights()
     shapes = {name: list(parameter.shape) for name, parameter in ours.items()}
+    for name, dim in cuts.items():
+        if dim is not None:
+            shapes[name][dim] *= layers.tensor_size
     theirs = {name: entry["shape"] for name, entry in manifest.parameters.items()}
     if different := sorted(name for name in shapes | theirs if shapes.get(name) != theirs.get(name)):
         raise MegalmError(
@@ -102,5 +132,9 @@ def _fill(model: LayerList, folder: Path, manifest: Manifest) -> None:
             f"({theirs.get(different[0])} instead of {shapes.get(different[0])}): use the version of megalm that wrote "
             f"it, {manifest.versions.get('megalm', 'unknown')}"
         )
-    for name, whole in tensors.read_weights(folder, manifest):
-        ours[name].copy_(whole)
+    with tensors.Reader(folder, manifest) as reader:
+        for name, parameter in ours.items():
+            place = (cuts[name], layers.tensor_rank, layers.tensor_size) if cuts[name] is not None else (None, 0, 1)
+            # rounded to the precision it was trained in first: the forward pass never saw the fp32 weight
+            saved = reader.stretch(name, tensors.WEIGHT, *place, 0, parameter.numel())
+            parameter.copy_(saved.view(parameter.shape).to(getattr(torch, manifest.parameters[name]["dtype"])))

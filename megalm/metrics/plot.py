@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter, LogFormatterSciNotation, MaxNLocator
 
 from megalm.errors import MegalmError
+from megalm.metrics.compare import Course, main_metric
 from megalm.metrics.meters import format_count
 from megalm.metrics.records import read_records
 
@@ -79,7 +80,7 @@ def plot_runs(
         if output.suffix.lstrip(".").lower() not in formats:
             raise MegalmError(f"{output} is not a picture that can be written: end its name in .png, .pdf or .svg")
         loss_axes, rate_axes, norm_axes = figure.subplots(3, 1, sharex=True, height_ratios=[3.2, 1, 1])
-        names = _names(runs)
+        names = short_names(runs)
         for index, (name, curve) in enumerate(zip(names, curves, strict=True)):
             colour = COLOURS[index % len(COLOURS)]
             style = ("-", "--", ":")[index // len(COLOURS) % 3]
@@ -142,7 +143,7 @@ def _read(run: Path) -> Curves:
     return {key: np.array(column) for key, column in columns.items()}
 
 
-def _names(runs: list[Path]) -> list[str]:
+def short_names(runs: list[Path]) -> list[str]:
     """The folders' names, with as many of their parents as it takes to tell them apart."""
     parts = [run.resolve().parts for run in runs]
     depth = 1
@@ -230,3 +231,57 @@ def _finish(figure: Figure, loss: Axes, rate: Axes, norm: Axes, key: str, title:
 def _format_tokens(value: float, _: int | None = None) -> str:
     """Of a tick: 400K, 1.2M, 1.05B."""
     return re.sub(r"\.?0+(?=[A-Z]$)", "", text) if "." in (text := format_count(value)) else text
+
+
+def plot_scores(names: list[str], courses: list[Course], output: Path) -> bool:
+    """Draw each task's main metric over training tokens, with standard errors, into `output`; a panel per task.
+
+    Returns whether there was anything to draw. Raises MegalmError for an output format that is not known.
+    """
+    panels: dict[tuple[str, str], None] = {}
+    for course in courses:
+        for each in course.evaluated:
+            for task, metrics in each.scores.items():
+                if metric := main_metric(metrics):
+                    panels[task, metric] = None
+    if not panels:
+        return False
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.2 * columns, 3.2 * rows), dpi=150, layout="constrained", facecolor="white")
+        canvas = FigureCanvasAgg(figure)
+        if output.suffix.lstrip(".").lower() not in canvas.get_supported_filetypes():
+            raise MegalmError(f"{output} is not a picture that can be written: end its name in .png, .pdf or .svg")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for panel, (task, metric) in zip(axes, panels, strict=False):
+            for index, (name, course) in enumerate(zip(names, courses, strict=True)):
+                points = [
+                    (each.tokens, score)
+                    for each in course.evaluated
+                    if (score := each.scores.get(task, {}).get(metric)) is not None
+                ]
+                panel.errorbar(
+                    [tokens for tokens, _ in points],
+                    [score.value for _, score in points],
+                    yerr=[score.error if math.isfinite(score.error) else 0.0 for _, score in points],
+                    color=COLOURS[index % len(COLOURS)],
+                    marker=MARKERS[index % len(MARKERS)],
+                    markersize=4.5,
+                    linewidth=1.4,
+                    elinewidth=0.9,
+                    capsize=2,
+                    label=name,
+                )
+            panel.set_title(task, loc="left", fontsize=10)
+            panel.set_ylabel(metric)
+            panel.xaxis.set_major_formatter(FuncFormatter(_format_tokens))
+            panel.xaxis.set_major_locator(MaxNLocator(4))
+        for panel in axes[len(panels) :]:
+            panel.set_visible(False)
+        for panel in axes[max(0, len(panels) - columns) : len(panels)]:
+            panel.set_xlabel("training tokens")
+        axes[0].legend(loc="best")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output)
+    return True

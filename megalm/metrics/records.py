@@ -1,8 +1,8 @@
 """RUN/metrics.jsonl: one JSON object per logged step.
 
 Keys that readers know: step (optimizer steps done), loss (nats per token), lr, grad_norm, tokens (trained so far),
-tokens_per_second, memory (bytes), held_out ({corpus: nats per token}). Others pass through. A number that is not
-finite is written as null, since JSON has no name for it.
+tokens_per_second, memory (bytes), held_out ({corpus: nats per token}), bits_per_byte ({corpus: bits per byte of
+held-out text}). Others pass through. A number that is not finite is written as null, since JSON has no name for it.
 """
 
 import json

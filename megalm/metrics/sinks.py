@@ -1,6 +1,6 @@
 """Where the records of a run go. Only one rank has sinks.
 
-A record is a flat dict with `step`, and `held_out` as the one nested dict; metrics/records.py names the keys.
+A record is a flat dict with `step`, and nested `held_out` and `bits_per_byte`; metrics/records.py names the keys.
 """
 
 import os
@@ -101,7 +101,11 @@ class ConsoleSink:
         done, self._last = record["step"] - self._last, record["step"]
         self._steps.add(max(done, 0))
         line = "  ".join(self._fields(record))
-        held_out = "  ".join(f"{name} {loss:.4f}" for name, loss in (record.get("held_out") or {}).items())
+        bits = record.get("bits_per_byte") or {}
+        held_out = "  ".join(
+            f"{name} {loss:.4f}" + (f" ({bits[name]:.4f} bits per byte)" if name in bits else "")
+            for name, loss in (record.get("held_out") or {}).items()
+        )
         if self._bar is None:
             width = len(str(self._total))
             self.say(f"step {self._last:>{width}}/{self._total}  {line}")

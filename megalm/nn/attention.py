@@ -1,5 +1,6 @@
 """Multi-head attention (Vaswani et al. 2017), grouped-query and multi-query (Ainslie et al. 2023, Shazeer 2019)."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megalm.nn.cache import KeyValueCache
 from megalm.nn.config import BlockConfig
 from megalm.nn.dropout import AttentionDropout, Dropout
 from megalm.nn.kernels import LONG, Mask, MaskKind, Requirements, attention, resolve
@@ -63,6 +65,8 @@ class Attention(nn.Module):
         self.query_norm = head_norm() if config.qk_norm else None
         self.key_norm = head_norm() if config.qk_norm else None
         self.dropout = Dropout(config.attention_dropout, seed, f"{site}.weights")
+        self.cache: KeyValueCache | None = None
+        """Set for the length of a forward pass that goes on where earlier ones ended (eval.inference)."""
 
     def forward(
         self,
@@ -130,6 +134,12 @@ class Attention(nn.Module):
                 positions, self.config.rotary_width, self.config.rope_theta, self.config.rope_scaling
             )
             q, k = rotate(q, *angles), rotate(k, *angles)
+        if self.cache is not None:
+            assert self.kind == "causal" and not self.segmented, "a cached row is one segment, read from its start"
+            begun = self.cache.begun
+            k, v = self.cache.extend(k, v, positions)
+            if begun:
+                mask = replace(mask, query_positions=positions)
         needs = Requirements(
             device=q.device.type,
             dtype=q.dtype,
@@ -140,7 +150,8 @@ class Attention(nn.Module):
             window=mask.window is not None,
             alibi=mask.slopes is not None,
             dropout=mask.dropout is not None,
-            unequal_lengths=q.shape[1] != k.shape[1],
+            unequal_lengths=q.shape[1] != k.shape[1] and mask.query_positions is None,
+            cached=mask.query_positions is not None,
             long=k.shape[1] > LONG,
         )
         return attention(q, k, v, mask, resolve(self.config.attention_backend, needs))

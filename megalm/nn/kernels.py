@@ -29,7 +29,8 @@ LONG = 1024
 class Mask:
     """Which keys a query sees. Every query must see at least one.
 
-    Queries and keys are aligned at their starts: key j is in the past of query i if j <= i.
+    Queries and keys are aligned at their starts (key j is in the past of query i if j <= i), unless query_positions
+    says where queries stand.
     """
 
     kind: MaskKind = "causal"
@@ -44,21 +45,22 @@ class Mask:
     """[batch]"""
     slopes: Tensor | None = None
     """[heads] ALiBi: the score falls by slope x distance."""
+    query_positions: Tensor | None = None
+    """[batch, queries] The number of the key at which each query stands. None: query i stands at key i."""
     dropout: AttentionDropout | None = None
     """Dropout of attention weights."""
 
     def visible(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """True where the query sees the key: [batch or 1, 1, queries, keys]; None if every query sees every key."""
-        i = torch.arange(queries, device=device)[:, None]
-        j = torch.arange(keys, device=device)
+        i, j = self._places(queries, device), torch.arange(keys, device=device)
         conditions = []
         if self.kind == "causal":
-            conditions.append((j <= i)[None, None])
+            conditions.append(j <= i)
         elif self.kind == "prefix":
             assert self.prefix_lengths is not None, "a prefix mask needs prefix_lengths"
             conditions.append((j <= i) | (j < self.prefix_lengths[:, None, None, None]))
         if self.window is not None:
-            conditions.append(((i - j).abs() < self.window)[None, None])
+            conditions.append((i - j).abs() < self.window)
         if self.query_segments is not None:
             assert self.key_segments is not None
             conditions.append((self.query_segments[:, :, None] == self.key_segments[:, None, :])[:, None])
@@ -70,11 +72,16 @@ class Mask:
         return seen
 
     def bias(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """What ALiBi adds to the scores: [1, heads, queries, keys], fp32."""
+        """What ALiBi adds to the scores: [batch or 1, heads, queries, keys], fp32."""
         if self.slopes is None:
             return None
-        distance = (torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)).abs()
-        return (-self.slopes[:, None, None] * distance)[None]
+        distance = (self._places(queries, device) - torch.arange(keys, device=device)).abs()
+        return -self.slopes[:, None, None] * distance
+
+    def _places(self, queries: int, device: torch.device) -> Tensor:
+        """Where queries stand among the keys: [batch or 1, 1, queries, 1]."""
+        places = torch.arange(queries, device=device)[None] if self.query_positions is None else self.query_positions
+        return places[:, None, :, None]
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,8 @@ class Requirements:
     dropout: bool = False
     unequal_lengths: bool = False
     """Keys are not as many as queries (cross-attention)."""
+    cached: bool = False
+    """Queries stand anywhere among the keys, which were computed before (generation)."""
     long: bool = True
     """More than LONG keys."""
     deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
@@ -117,6 +126,7 @@ class Backend:
     alibi: bool = False
     dropout: bool = False
     unequal_lengths: bool = False
+    cached: bool = False
     long: bool = True
 
     def refusal(self, needs: Requirements) -> str | None:
@@ -133,6 +143,7 @@ class Backend:
             "alibi": "alibi positions",
             "dropout": "reproducible attention dropout",
             "unequal_lengths": "cross-attention",
+            "cached": "a cache of keys",
             "long": f"more than {LONG} tokens",
         }
         for feature, words in lacks.items():
@@ -176,6 +187,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """torch's scaled_dot_product_attention, whichever kernel it takes for the mask."""
     queries, keys = q.shape[1], k.shape[1]
     simple = mask.kind != "prefix" and mask.query_segments is None and mask.window is None and mask.slopes is None
+    simple = simple and mask.query_positions is None
     if simple and (mask.kind == "full" or queries == keys):
         return _call_sdpa(q, k, v, gpu_kernels(keys, masked=False), causal=mask.kind == "causal")
     seen = mask.visible(queries, keys, q.device)
@@ -396,6 +408,7 @@ BACKENDS = {
             window=True,
             alibi=True,
             unequal_lengths=True,
+            cached=True,
         ),
         Backend(
             "plain",
@@ -408,6 +421,7 @@ BACKENDS = {
             alibi=True,
             dropout=True,
             unequal_lengths=True,
+            cached=True,
         ),
     )
 }
@@ -443,6 +457,7 @@ def _self_check(backend: Backend, needs: Requirements) -> str | None:
         key_segments=segments,
         prefix_lengths=torch.tensor([5, 90], device=device) if needs.kind == "prefix" else None,
         slopes=0.5 ** torch.arange(1, kv_heads * needs.group + 1, device=device) if needs.alibi else None,
+        query_positions=(torch.arange(seq, device=device) // 2).repeat(batch, 1) if needs.cached else None,
     )
 
     def run(name: str, dtype: torch.dtype) -> list[Tensor]:

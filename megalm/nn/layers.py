@@ -71,6 +71,10 @@ class Layers:
         """Logits from an embedding table: [tokens, hidden] x [rows / T, hidden] -> [tokens, rows / T]."""
         return F.linear(hidden, weight)
 
+    def gather(self, logits: Tensor) -> Tensor:
+        """The whole vocabulary on every rank: [tokens, rows / T] -> [tokens, rows]."""
+        return logits
+
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """-log p(label) of every token: [tokens, rows / T], [tokens] -> [tokens], in fp32."""
         return cross_entropy(logits, labels)

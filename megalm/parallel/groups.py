@@ -45,6 +45,10 @@ class Groups:
         return self.layout.coordinates(self.rank)[1]
 
     @property
+    def data_size(self) -> int:
+        return self.layout.data
+
+    @property
     def tensor_rank(self) -> int:
         return self.layout.coordinates(self.rank)[2]
 

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
     vocab_parallel_cross_entropy,
@@ -140,6 +141,9 @@ class TensorParallelLayers(Layers):
 
     def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.linear(hidden, weight)
+
+    def gather(self, logits: Tensor) -> Tensor:
+        return gather_from_tensor_model_parallel_region(logits, group=self.group)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         # megatron-core works in place on fp32 logits; whoever else needs them must keep them.

@@ -46,6 +46,10 @@ class Tokenizer(ABC):
         """Id of a vocabulary entry by name, special tokens included; None where there is none."""
 
     @abstractmethod
+    def byte_counts(self) -> list[int]:
+        """Bytes of UTF-8 text that each id stands for: [vocab_size]. Control tokens stand for none."""
+
+    @abstractmethod
     def save(self, folder: str | Path) -> None:
         """Write a folder that `megalm.tokenizer.load.load` reads back with the same fingerprint."""
 

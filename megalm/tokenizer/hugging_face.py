@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 DECIDING_KEYS = ("model", "normalizer", "pre_tokenizer", "added_tokens")
 
 
@@ -80,6 +82,23 @@ class HuggingFaceTokenizer(Tokenizer):
     def token_to_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
+    def byte_counts(self) -> list[int]:
+        """Exact for byte-level and byte-fallback vocabularies; of others, as their entries are spelled."""
+        spelled = json.loads(self._document)
+        levels = [part for part in (spelled.get("decoder"), spelled.get("pre_tokenizer")) if part]
+        byte_level = any(_holds(part, "ByteLevel") for part in levels)
+        added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        counts = [0] * self.vocab_size
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if token in self.special_tokens:
+                continue
+            if token in added or not byte_level:
+                one = BYTE_PIECE.fullmatch(token)
+                counts[i] = 1 if one else len(token.removeprefix("##").replace("\u2581", " ").encode())
+            else:
+                counts[i] = len(token)  # each byte is one character there
+        return counts
+
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         try:
@@ -119,3 +138,9 @@ def _names(config_file: Path) -> dict[str, str | None]:
     roles = ("bos_token", "eos_token", "pad_token")
     values = {role: config[role] for role in roles if role in config}
     return {role: value["content"] if isinstance(value, dict) else value for role, value in values.items()}
+
+
+def _holds(part: Any, kind: str) -> bool:
+    """Whether a step of a tokenizer.json is of this kind, or a sequence that has one."""
+    inner = [each for value in part.values() if isinstance(value, list) for each in value if isinstance(each, dict)]
+    return part.get("type") == kind or any(_holds(each, kind) for each in inner)

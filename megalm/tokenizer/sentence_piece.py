@@ -82,6 +82,18 @@ class SentencePieceTokenizer(Tokenizer):
         i = self._processor.piece_to_id(token)
         return i if self._processor.id_to_piece(i) == token else None
 
+    def byte_counts(self) -> list[int]:
+        processor = self._processor
+
+        def count(i: int) -> int:
+            if processor.is_byte(i):
+                return 1
+            if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
+                return 0
+            return len(processor.id_to_piece(i).replace(META_SPACE, " ").encode())
+
+        return [count(i) for i in range(self.vocab_size)]
+
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         metadata = {

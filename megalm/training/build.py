@@ -157,6 +157,7 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     tables = 1 if model.tie_word_embeddings else 2
     assert built.num_parameters == model.num_parameters() + padding * model.hidden_size * tables, "a weight is missing"
     names = [spec.name for spec in specs]
+    held_out = _held_out(planned, joined)
     facts = _facts(planned, device)
     _require_same_kernels(joined, facts)
     run = Run(
@@ -171,14 +172,14 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         ),
         beside=joined.beside(),
         layer_names=names,
-        held_out=_held_out(planned, joined),
+        held_out=held_out,
         loader=loader,
         facts=facts,
         # In this order each step: judge, listen, measure, write down, save.
         callbacks=[
             anomalies,
             Signals(),
-            Evaluation(config.evaluate.every),
+            Evaluation(config.evaluate.every, _held_out_bytes(planned, joined, held_out)),
             Metrics(logging, device),
             Checkpoints(config.checkpoint.every),
             GarbageCollection(logging.garbage_collection_every),
@@ -216,6 +217,19 @@ def _held_out(planned: Plan, joined: Groups) -> dict[str, list[engine.MicroBatch
         ]
         for name, source in zip(_short_names([source.path for source in data.held_out]), data.held_out, strict=True)
     }
+
+
+def _held_out_bytes(planned: Plan, joined: Groups, held_out: dict[str, list[engine.MicroBatch]]) -> dict[str, int]:
+    """Bytes of the text that every corpus's evaluated tokens stand for, on all ranks. All ranks call it."""
+    if not held_out:
+        return {}
+    counts = torch.tensor(planned.tokenizer.byte_counts())
+    mine = {
+        name: sum(int(counts[labels[mask > 0]].sum()) for _, (labels, mask) in batches)
+        for name, batches in held_out.items()
+    }
+    shares = dict(joined.gather((joined.data_rank, mine)))  # ranks of one data coordinate have the same share
+    return {name: sum(share[name] for share in shares.values()) for name in held_out}
 
 
 def _short_names(paths: list[str]) -> list[str]:

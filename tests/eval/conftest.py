@@ -77,9 +77,10 @@ def make_model() -> Callable[..., tuple[LayerList, ModelConfig]]:
 
 def cut(name: str) -> int | None:
     """The dimension along which tensor parallelism cuts a weight."""
-    if "norm" in name:
+    summed = "attention.output" in name or "feed_forward.down" in name
+    if "norm" in name or "positions" in name or (summed and name.endswith("bias")):
         return None
-    return 1 if "attention.output" in name or "feed_forward.down" in name else 0
+    return 1 if summed else 0
 
 
 def save_checkpoint(

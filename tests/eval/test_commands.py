@@ -1,5 +1,7 @@
 """The commands, as they are typed: what they print, and their exit codes."""
 
+import io
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megalm.checkpoint import manifest as manifests
+from megalm.errors import MegalmError
 from megalm.tokenizer.load import load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -63,6 +66,65 @@ def test_generate_says_what_it_leaves_out_and_what_is_wrong(run: Path, tmp_path:
     assert err == f"error: {tmp_path}/nowhere does not exist: name a run folder or RUN/checkpoints/step-N\n"
     code, out, err = command("generate", run, given=b"\xff")
     assert (code, out, err) == (2, "", "error: the prompt on standard input is not UTF-8 text (at byte 0)\n")
+
+
+def here(
+    main: Callable[[], object],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    *arguments: object,
+    given: str = "",
+) -> str:
+    """What a command's main() prints, in this process: starting one takes seconds."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(given))
+    main()
+    return capsys.readouterr().out
+
+
+def test_generate_many_and_stop(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tools.generate import main
+
+    plain, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    prompts = ["one", "naïve 语言", "3"]
+    plain.write_text("\n".join(prompts) + "\n")
+    lines.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    options = ["--max-new-tokens", 12, "--greedy", "--batch-size", 2]
+    out = here(main, capsys, monkeypatch, run, "--prompts", plain, *options)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [each["prompt"] for each in found] == prompts and all(len(each["text"]) > 3 for each in found)
+    stop = found[0]["text"][4:6]
+    out = here(main, capsys, monkeypatch, run, "--prompts", lines, *options, "--stop", stop)
+    assert [json.loads(line)["text"] for line in out.splitlines()] == [each["text"].split(stop)[0] for each in found]
+    lines.write_text('{"prompt": 3}\n')
+    with pytest.raises(MegalmError, match=r"prompts.jsonl line 1 is not an object with a text named prompt"):
+        here(main, capsys, monkeypatch, run, "--prompts", lines)
+    with pytest.raises(MegalmError, match=r"start it with torchrun --nproc-per-node 2"):
+        here(main, capsys, monkeypatch, run, "--prompt", "x", "--tensor", 2)
+    with pytest.raises(MegalmError, match=r"neither a chat template nor ChatML's control tokens"):
+        here(main, capsys, monkeypatch, run, "--chat", "--prompt", "x")
+
+
+def test_chat(
+    tmp_path: Path,
+    make_model: Callable[..., tuple],
+    make_checkpoint: Callable[..., Path],
+    make_tokenizer: Callable,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tools.generate import main
+
+    path = make_tokenizer(tmp_path / "tokenizer", ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    make_checkpoint(tmp_path / "run", *make_model(vocab_size=259, max_position_embeddings=512), path)
+    options = ["--chat", "--greedy", "--max-new-tokens", 8, "--system", "be brief"]
+    both = here(main, capsys, monkeypatch, tmp_path / "run", *options, given="hello\nagain\n")
+    first = here(main, capsys, monkeypatch, tmp_path / "run", *options, "--prompt", "hello")
+    assert both.startswith(first) and len(both) > len(first) > 1
+    alone = here(main, capsys, monkeypatch, tmp_path / "run", *options, "--prompt", "again")
+    assert both != first + alone, "the second answer knows the first"
 
 
 def test_show_checkpoint(run: Path, make_model: Callable[..., tuple]) -> None:

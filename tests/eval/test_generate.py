@@ -1,6 +1,7 @@
 """Generation picks what Hugging Face's picks, draws as the definitions say, and prints whole characters."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,26 @@ import pytest
 import torch
 import transformers
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from megalm.errors import MegalmError
-from megalm.eval import generate as generation
-from megalm.eval.generate import Sampling, encode_prompt, generate, generate_ids, probabilities, stream_text
+from megalm.eval import inference
+from megalm.eval.generate import (
+    Generation,
+    Sampling,
+    Text,
+    collect,
+    encode_prompt,
+    generate,
+    penalize,
+    probabilities,
+)
+from megalm.eval.inference import Reading, next_logits
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import LayerList
 from megalm.tokenizer.base import Tokenizer
@@ -82,18 +95,26 @@ def ids(
     sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> list[int]:
-    return list(
-        generate_ids(
-            model,
-            prompt,
-            context=context,
-            vocab_size=vocab_size,
-            eos_id=eos_id,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-        )
-    )
+    return batch_ids(
+        model,
+        [prompt],
+        context=context,
+        vocab_size=vocab_size,
+        ends=[] if eos_id is None else [eos_id],
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+    )[0]
+
+
+def batch_ids(model: LayerList, several: Sequence[Sequence[int]], **changes: Any) -> list[list[int]]:
+    options = {"context": 64, "vocab_size": 257, "ends": [], "max_new_tokens": 24, "sampling": GREEDY, "seed": 0}
+    rows = Generation(model, several, **options | changes)
+    new: list[list[int]] = [[] for _ in several]
+    while rows.active:
+        for row, token in rows.step().items():
+            new[row].append(token)
+    return new
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -107,7 +128,6 @@ def test_greedy_equals_hugging_face(make_model: MakeModel) -> None:
     theirs = llama(model, config)
     differ = []
     for prompt in prompts(5):
-        # their generation caches keys and values, ours runs over everything again
         inputs = torch.tensor([prompt])
         out = theirs.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=24, do_sample=False)
         expected = out[0, len(prompt) :].tolist()
@@ -161,27 +181,48 @@ def test_top_k_and_top_p_by_hand() -> None:
     assert probabilities(torch.zeros(4), Sampling(top_k=3)).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
 
 
-@pytest.mark.parametrize("choice", [(0.7, 5, None), (1.3, None, 0.9), (0.8, 20, 0.5), (1.0, 3, 0.3)])
-def test_top_k_and_top_p_equal_hugging_face(choice: tuple[float, int | None, float | None]) -> None:
-    temperature, top_k, top_p = choice
-    logits = torch.randn(300, generator=torch.Generator().manual_seed(5)) * 3
-    scores = TemperatureLogitsWarper(temperature)(None, logits[None])
-    if top_k:
-        scores = TopKLogitsWarper(top_k)(None, scores)
-    if top_p:
-        scores = TopPLogitsWarper(top_p)(None, scores)
-    torch.testing.assert_close(probabilities(logits, Sampling(*choice)), scores[0].softmax(0))
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 1.3, "top_p": 0.9},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.5},
+        {"top_k": 3, "top_p": 0.3},
+        {"temperature": 0.9, "min_p": 0.1},
+        {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "min_p": 0.07},
+        {"repetition_penalty": 1.7},
+        {"temperature": 1.3, "top_k": 12, "top_p": 0.9, "min_p": 0.3, "repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
+def test_sampling_equals_hugging_face(choice: dict[str, Any]) -> None:
+    draw = torch.Generator().manual_seed(5)
+    logits = torch.randn(3, 300, generator=draw) * 3
+    held = torch.randint(0, 300, (3, 40), generator=draw)
+
+    def ours(**choice: Any) -> torch.Tensor:
+        sampling = Sampling(**choice)
+        return probabilities(penalize(logits, held.tolist(), sampling.repetition_penalty), sampling)
+
+    scores = RepetitionPenaltyLogitsProcessor(choice.get("repetition_penalty", 1.0))(held, logits.clone())
+    scores = TemperatureLogitsWarper(choice.get("temperature", 1.0))(held, scores)
+    for kind, name in ((TopKLogitsWarper, "top_k"), (TopPLogitsWarper, "top_p"), (MinPLogitsWarper, "min_p")):
+        if name in choice:
+            scores = kind(choice[name])(held, scores)
+    torch.testing.assert_close(ours(**choice), scores.softmax(-1))
+    for name in choice if len(choice) < 4 else ():  # negative control: each counts, where others leave it something
+        assert not torch.allclose(ours(**{k: v for k, v in choice.items() if k != name}), scores.softmax(-1), atol=1e-4)
 
 
 def test_draws_follow_the_distribution(make_model: MakeModel) -> None:
     """2,000 first tokens against the model's own probabilities, by Pearson's chi-squared test."""
     model, _ = make_model()
     sampling = Sampling(temperature=0.7, top_k=6)
-    expected = probabilities(generation.next_logits(model, [65, 66])[:257], sampling)
+    logits = next_logits(model, [[65, 66]])
+    expected = probabilities(logits[0, :257], sampling)
     counts = torch.zeros(257)
     with pytest.MonkeyPatch.context() as patch:
-        logits = generation.next_logits(model, [65, 66])
-        patch.setattr(generation, "next_logits", lambda *_: logits)  # the same every time
+        patch.setattr(Reading, "read", lambda *_: logits)  # the same every time
         for token in ids(model, [65, 66], max_new_tokens=2000, sampling=sampling):
             counts[token] += 1
     kept = expected > 0
@@ -192,14 +233,14 @@ def test_draws_follow_the_distribution(make_model: MakeModel) -> None:
         return ((counts[kept] - mean) ** 2 / mean).sum().item()
 
     assert statistic(expected) < 20.5  # one in a thousand exceeds it, with five degrees of freedom
-    assert statistic(probabilities(logits[:257], Sampling(temperature=2.0, top_k=6))) > 20.5  # negative control
+    assert statistic(probabilities(logits[0, :257], Sampling(temperature=2.0, top_k=6))) > 20.5  # negative control
 
 
 def test_the_seed_decides(make_model: MakeModel, tokenizer: Tokenizer) -> None:
     model, config = make_model()
 
     def text(seed: int) -> str:
-        return "".join(generate(model, config, tokenizer, "ab", max_new_tokens=30, seed=seed))
+        return collect(generate(model, config, tokenizer, [[65, 66]], max_new_tokens=30, seed=seed), 1)[0]
 
     torch.manual_seed(1)
     first = text(0)
@@ -245,6 +286,8 @@ def test_a_diverged_model_is_refused(make_model: MakeModel) -> None:
         ({"top_k": 0}, "top-k 0"),
         ({"top_p": 0.0}, "top-p 0.0"),
         ({"top_p": 1.5}, "top-p 1.5"),
+        ({"min_p": -0.1}, "min-p -0.1"),
+        ({"repetition_penalty": 0.0}, "repetition penalty 0.0"),
     ],
 )
 def test_sampling_out_of_range_is_refused(choice: dict[str, Any], words: str) -> None:
@@ -269,8 +312,15 @@ def test_a_prompt_begins_as_documents_do(
 TEXTS = ["naïve 语言 👩‍👩‍👧 e\u0301\n", "\u2028 ▁ \ufffd end", "🏳️‍🌈" * 3]
 
 
-def pieces(tokenizer: Tokenizer, prompt: str, new: Sequence[int]) -> Iterator[str]:
-    return stream_text(tokenizer, tokenizer.encode(prompt), new)
+def pieces(tokenizer: Tokenizer, prompt: str, new: Sequence[int], stop: Sequence[str] = ()) -> Iterator[str]:
+    text = Text(tokenizer, tokenizer.encode(prompt), stop)
+    for token in new:
+        if piece := text.add(token):
+            yield piece
+        if text.stopped:
+            break
+    if rest := text.end():
+        yield rest
 
 
 @pytest.fixture(scope="module")
@@ -312,8 +362,8 @@ def test_bytes_that_never_become_a_character_are_shown_as_such(tokenizer: Tokeni
 def test_text_of_random_ids_is_the_decoded_whole(tokenizer: Tokenizer, sentencepiece_tokenizer: Tokenizer) -> None:
     draw = torch.Generator().manual_seed(6)
     for either in (tokenizer, sentencepiece_tokenizer):
-        for _ in range(30):
-            new = torch.randint(0, either.vocab_size, (40,), generator=draw).tolist()
+        for length in (40, 40, 100) * 10:
+            new = torch.randint(0, either.vocab_size, (length,), generator=draw).tolist()
             streamed = list(pieces(either, "a", new))
             assert "a" + "".join(streamed) == either.decode([*either.encode("a"), *new])
 
@@ -321,7 +371,7 @@ def test_text_of_random_ids_is_the_decoded_whole(tokenizer: Tokenizer, sentencep
 def test_text_comes_before_generation_ends(make_model: MakeModel, tokenizer: Tokenizer) -> None:
     model, config = make_model()
     calls = 0
-    original = generation.next_logits
+    original = Reading.read
 
     def counted(*arguments: Any) -> torch.Tensor:
         nonlocal calls
@@ -329,8 +379,73 @@ def test_text_comes_before_generation_ends(make_model: MakeModel, tokenizer: Tok
         return original(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "next_logits", counted)
-        stream = generate(model, config, tokenizer, "ab", max_new_tokens=50)
-        assert next(stream)
+        patch.setattr(Reading, "read", counted)
+        stream = generate(model, config, tokenizer, [[65, 66]], max_new_tokens=50)
+        assert next(stream)[1]
         assert calls < 25
     assert not torch.is_inference_mode_enabled()
+
+
+def test_stop_strings_end_the_text_before_them(tokenizer: Tokenizer) -> None:
+    new = tokenizer.encode("one two\n\nthree END")
+    assert "".join(pieces(tokenizer, "", new, ["END", "\n\n"])) == "one two"
+    assert "".join(pieces(tokenizer, "", new, ["three", "two\n"])) == "one "
+    assert "".join(pieces(tokenizer, "", new, ["absent", ""])) == "one two\n\nthree END"
+    # what may be a stop string's beginning waits, and comes when it is not, or at the end
+    streamed = list(pieces(tokenizer, "", tokenizer.encode("a\nb\n"), ["\n\n"]))
+    assert streamed == ["a", "\nb", "\n"]
+    assert list(pieces(tokenizer, "", tokenizer.encode("aab"), ["ab"])) == ["a"]
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(make_model: MakeModel) -> None:
+    model, _ = make_model()
+    several = prompts(5)
+    for sampling in (GREEDY, Sampling(0.8, top_p=0.9, repetition_penalty=1.2)):
+        alone = [ids(model, prompt, sampling=sampling, seed=7 + number) for number, prompt in enumerate(several)]
+        assert batch_ids(model, several, sampling=sampling, seed=7) == alone
+        # rows that end leave the others as they are
+        end = alone[2][5]
+        until = [row[: row.index(end)] if end in row else row for row in alone]
+        assert batch_ids(model, several, sampling=sampling, seed=7, ends=[end]) == until
+        # and rows that outgrow the context
+        alone = [
+            ids(model, prompt, sampling=sampling, seed=number, context=35) for number, prompt in enumerate(several)
+        ]
+        assert batch_ids(model, several, sampling=sampling, context=35) == alone
+
+
+def test_a_batch_in_hugging_face_gives_the_same(make_model: MakeModel) -> None:
+    model, config = make_model()
+    several = prompts(5)
+    longest = max(map(len, several))
+    padded = torch.tensor([[0] * (longest - len(row)) + row for row in several])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in several])
+    for penalty in (1.0, 1.3):
+        out = llama(model, config).generate(
+            padded, attention_mask=mask, max_new_tokens=20, do_sample=False, repetition_penalty=penalty
+        )
+        # padding counts as an id that the row holds in their penalty, not in ours: rows without padding are compared
+        rows = [row for row in range(5) if penalty == 1 or len(several[row]) == longest]
+        ours = batch_ids(model, several, sampling=Sampling(0, repetition_penalty=penalty), max_new_tokens=20)
+        assert [ours[row] for row in rows] == [out[row, longest:].tolist() for row in rows]
+
+
+def test_stop_strings_in_a_batch(make_model: MakeModel, tokenizer: Tokenizer) -> None:
+    model, config = make_model()
+    several = prompts(4)
+    run = partial(generate, model, config, tokenizer, max_new_tokens=20, sampling=GREEDY)
+    whole = collect(run(several), 4)
+    stop = whole[1][6:8]
+    expected = [text.split(stop)[0] for text in whole]
+    assert collect(run(several, stop=[stop]), 4) == expected != whole
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:  # a row that stopped costs nothing more
+        original = inference.hidden_states
+        patch.setattr(inference, "hidden_states", lambda *given: calls.append(len(given[1])) or original(*given))
+        collect(run(several, stop=[stop]), 4)
+    assert calls[0] == 4 and calls[-1] < 4
+
+
+def test_no_new_tokens(make_model: MakeModel, tokenizer: Tokenizer) -> None:
+    model, config = make_model()
+    assert collect(generate(model, config, tokenizer, [[65]], max_new_tokens=0), 1) == [""]

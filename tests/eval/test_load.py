@@ -13,7 +13,7 @@ import torch
 
 from megalm.checkpoint import manifest as manifests
 from megalm.errors import MegalmError
-from megalm.eval.generate import next_logits
+from megalm.eval.inference import next_logits
 from megalm.eval.load import load_model
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import LayerList, build_model
@@ -55,7 +55,7 @@ def test_weights_come_back_whole(
         assert loaded_config == config
         assert loaded_tokenizer.fingerprint == tokenizer.fingerprint
     assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert torch.equal(next_logits(loaded, [1, 2, 3]), next_logits(model, [1, 2, 3]))
+    assert torch.equal(next_logits(loaded, [[1, 2, 3]]), next_logits(model, [[1, 2, 3]]))
     if tied:
         assert loaded.layer("head").weight is loaded.layer("embedding").table.weight
 
@@ -118,7 +118,7 @@ def test_kernels_of_the_machine_that_trained_are_not_needed(
     make_checkpoint(tmp_path, model, trained, tokenizer_path)
     loaded, loaded_config, _ = load_model(tmp_path)
     assert loaded_config == config
-    assert torch.equal(next_logits(loaded, [1, 2, 3]), next_logits(model, [1, 2, 3]))
+    assert torch.equal(next_logits(loaded, [[1, 2, 3]]), next_logits(model, [[1, 2, 3]]))
 
 
 def append(path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_device_that_is_not_there_is_refused(checkpoint: Path) -> None:
 @pytest.mark.gpu
 def test_on_a_gpu_the_text_is_the_same(checkpoint: Path) -> None:
     ours, theirs = load_model(checkpoint)[0], load_model(checkpoint, device="cuda")[0]
-    torch.testing.assert_close(next_logits(theirs, [1, 2, 3]), next_logits(ours, [1, 2, 3]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(next_logits(theirs, [[1, 2, 3]]), next_logits(ours, [[1, 2, 3]]), atol=1e-4, rtol=1e-4)
 
 
 def test_no_engine_is_imported() -> None:

@@ -108,6 +108,9 @@ class TestConsole:
         stream = io.StringIO()
         ConsoleSink(5, stream=stream).write(record(2, held_out={"web": 3.25, "code": 1.5}))
         assert stream.getvalue().splitlines()[1] == "step 2 held-out loss  web 3.2500  code 1.5000"
+        stream = io.StringIO()
+        ConsoleSink(5, stream=stream).write(record(2, held_out={"web": 3.25}, bits_per_byte={"web": 1.125}))
+        assert stream.getvalue().splitlines()[1] == "step 2 held-out loss  web 3.2500 (1.1250 bits per byte)"
 
     def test_eta_is_the_remaining_steps_at_the_present_pace(self, monkeypatch):
         now = [0.0]

@@ -273,3 +273,12 @@ def test_tokenizer_json_without_an_end_is_refused(tmp_path: Path) -> None:
     tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(MegalmError, match="no end-of-document token"):
         load(tmp_path)
+
+
+def test_byte_counts_add_up_to_the_text(trained: Tokenizer, byte_level: Path) -> None:
+    for tokenizer in (trained, load(byte_level)):
+        counts = tokenizer.byte_counts()
+        assert len(counts) == tokenizer.vocab_size
+        for text in mixed_strings(300):
+            assert sum(counts[i] for i in tokenizer.encode(text)) == len(text.encode()), text
+        assert all(counts[i] == 0 for i in tokenizer.special_tokens.values())

@@ -19,6 +19,7 @@ from tests.distributed.ranks import run_ranks
 from tests.training.runs import NaNAt, curve, train_run
 
 NAN = float("nan")
+BYTES = {"web": 4000, "books": 0}
 
 
 class StandIn:
@@ -190,18 +191,20 @@ def test_evaluation_is_due_at_its_steps_and_at_the_end(every: int, expected: lis
     run, evaluated = StandIn(steps=10), []
     for run.step in range(1, 11):
         record: dict[str, Any] = {}
-        Evaluation(every).after_step(run, record)  # type: ignore[arg-type]
+        Evaluation(every, BYTES).after_step(run, record)  # type: ignore[arg-type]
         if record:
-            assert record == {"held_out": {"web": 14.0, "books": 16.0}}
+            assert record["held_out"] == {"web": 14.0, "books": 16.0}
+            # 1,000 tokens of 14 nats over 4,000 bytes
+            assert record["bits_per_byte"] == {"web": pytest.approx(14 / math.log(2) / 4)}
             evaluated.append(run.step)
     assert evaluated == expected
     assert len(run.evaluated) == 2 * len(expected)
     record = {"rolled_back": True}
-    Evaluation(every).after_step(run, record)  # type: ignore[arg-type]
+    Evaluation(every, BYTES).after_step(run, record)  # type: ignore[arg-type]
     assert record == {"rolled_back": True}, "weights of an earlier step are not this step's"
     run.held_out = {}
     record = {}
-    Evaluation(every).after_step(run, record)  # type: ignore[arg-type]
+    Evaluation(every, BYTES).after_step(run, record)  # type: ignore[arg-type]
     assert record == {}, "nothing to evaluate, nothing to say"
 
 

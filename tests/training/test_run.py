@@ -50,6 +50,8 @@ def test_a_run_leaves_what_it_promises(settings: Settings, corpus: Path) -> None
     assert records[-1]["loss"] < records[0]["loss"]
     assert records[0]["loss"] == pytest.approx(math.log(600), rel=0.02), "an untrained model guesses"
     assert [record["step"] for record in records if "held_out" in record] == [4, 8]
+    (nats,), (bits,) = records[-1]["held_out"].values(), records[-1]["bits_per_byte"].values()
+    assert 1 < nats / math.log(2) / bits < 5, "bytes per token of English text in 600 tokens"
     assert records[0]["lr"] == pytest.approx(5e-4) and records[1]["lr"] == pytest.approx(1e-3)
     assert checkpoints.steps(directory / "checkpoints") == [4, 8]
     assert (directory / "checkpoints" / "latest").read_text().strip() == "step-8"

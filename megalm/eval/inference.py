@@ -1,0 +1,106 @@
+"""A model read for its logits: rows of ids in one pass, or token by token with what came before remembered.
+
+Rows need not be equally long: they are padded behind their ends, which no causal token sees. Under tensor parallelism
+every rank calls with the same rows and gets the whole vocabulary's logits.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from megalm.models.decoder import Head, LayerList
+from megalm.nn.attention import Attention
+from megalm.nn.cache import KeyValueCache
+
+Rows = Sequence[Sequence[int]]
+
+
+def hidden_states(model: LayerList, rows: Rows, starts: Sequence[int] | None = None) -> Tensor:
+    """What the head sees, of rows of ids that stand at positions from 0 or from `starts`: [batch, seq, hidden].
+
+    seq is the longest row's length; behind a shorter row's end is padding.
+    """
+    device = next(model.parameters()).device
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *([0] * (length - len(row)))] for row in rows], device=device)
+    positions = torch.arange(length, device=device).repeat(len(rows), 1)
+    if starts is not None:
+        positions = positions + torch.tensor(starts, device=device)[:, None]
+    stream: tuple[Tensor, ...] = (ids, torch.zeros_like(ids), positions, torch.zeros_like(ids[:, 0]))
+    *body, _ = model.children()
+    for layer in body:
+        stream = layer(stream)
+    return stream[0].view(*ids.shape, -1)
+
+
+def head_logits(model: LayerList, hidden: Tensor) -> Tensor:
+    """Logits of the whole padded vocabulary: [tokens, hidden] -> [tokens, padded_vocab], fp32."""
+    *_, head = model.children()
+    assert isinstance(head, Head)
+    return head.layers.gather(head((hidden,))).float()
+
+
+@torch.inference_mode()
+def next_logits(model: LayerList, rows: Rows) -> Tensor:
+    """Logits of the token after each row, which is all the model sees: [batch, padded_vocab], fp32."""
+    return head_logits(model, _ends(hidden_states(model, rows), rows))
+
+
+def _ends(hidden: Tensor, rows: Rows) -> Tensor:
+    """Hidden states of the last token of each row: [batch, seq, hidden] -> [batch, hidden]."""
+    lasts = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
+    return hidden[torch.arange(len(rows), device=hidden.device), lasts]
+
+
+class Reading:
+    """Rows of ids that grow, and the logits of what comes next; keys and values of what was read are kept.
+
+    Where a row outgrows the context, the model sees its last ids at positions from 0, so every key changes with every
+    token, and each takes a pass over all of the context.
+    """
+
+    def __init__(self, model: LayerList, *, context: int, length: int) -> None:
+        """context: ids that the model sees at most. length: that rows will reach; it bounds the memory."""
+        self._model = model
+        self._context = context
+        self._rows: list[list[int]] = []
+        attention = [module for module in model.modules() if isinstance(module, Attention)]
+        self._caches = {module: KeyValueCache(min(length, context)) for module in attention}
+
+    @torch.inference_mode()
+    def read(self, rows: Rows) -> Tensor:
+        """Read on by `rows` of ids: at first the rows' beginnings, of one id or more each; later one id each.
+
+        Returns the logits of the token after each row: [batch, padded_vocab], fp32.
+        """
+        starts = [len(row) for row in self._rows]
+        assert not starts or all(len(row) == 1 for row in rows)
+        self._rows = [[*before, *new] for before, new in zip(self._rows or [[] for _ in rows], rows, strict=True)]
+        if max(map(len, self._rows)) > self._context:
+            self._caches = {}
+            return next_logits(self._model, [row[-self._context :] for row in self._rows])
+        with self._remembering():
+            hidden = hidden_states(self._model, rows, starts or None)
+        return head_logits(self._model, _ends(hidden, rows))
+
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        self._rows = [self._rows[row] for row in rows]
+        chosen = torch.tensor(rows, dtype=torch.long, device=next(self._model.parameters()).device)
+        for cache in self._caches.values():
+            cache.keep(chosen)
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        """Attention sees its cache inside, and nobody's outside."""
+        for attention, cache in self._caches.items():
+            cache.reach = max(map(len, self._rows))
+            attention.cache = cache
+        try:
+            yield
+        finally:
+            for attention in self._caches:
+                attention.cache = None

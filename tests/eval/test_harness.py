@@ -1,0 +1,197 @@
+"""The harness's adapter gives each request what the harness's own gives Hugging Face's model of the same weights."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from megalm.errors import MegalmError
+from megalm.eval.generate import Sampling, collect, generate
+from megalm.eval.harness import HarnessModel
+from megalm.eval.load import load_model
+from megalm.models.config import ModelConfig
+from megalm.models.decoder import LayerList
+from tests.distributed.ranks import run_ranks
+from tests.eval.test_generate import llama
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TASKS = [REPOSITORY / "configs" / "eval" / f"{name}.yaml" for name in ("multiple_choice", "generation", "perplexity")]
+
+PAIRS = [
+    ("Question: what is it?\nAnswer:", " a stone"),
+    ("Question: what is it?\nAnswer:", " a river"),
+    ("Question: what is it?\nAnswer:", " 河"),
+    ("Ends in spaces  ", "and goes on"),
+    ("", "nothing before"),
+    ("a" * 90 + " a context beyond 64 positions", " x"),
+    ("short", " a continuation that takes about as many positions as there are"),
+]
+TEXTS = ["One window.", "several windows " * 12, "语言模型" * 9]
+PROMPTS = ["Question: what is it?\nAnswer:", "b" * 100, "c"]
+UNTIL = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
+
+
+def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
+    return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
+
+
+def answers(model: Any) -> dict[str, list[Any]]:
+    return {
+        "loglikelihood": model.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True),
+        "rolling": model.loglikelihood_rolling(instances("loglikelihood_rolling", [(t,) for t in TEXTS]), True),
+        "generated": model.generate_until(instances("generate_until", [(p, UNTIL) for p in PROMPTS]), True),
+    }
+
+
+def largest_difference(ours: dict[str, list[Any]], theirs: dict[str, list[Any]]) -> float:
+    pairs = zip(ours["loglikelihood"], theirs["loglikelihood"], strict=True)
+    return max(
+        *(abs(mine[0] - other[0]) for mine, other in pairs),
+        *(abs(mine - other) for mine, other in zip(ours["rolling"], theirs["rolling"], strict=True)),
+    )
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., tuple]) -> tuple[LayerList, ModelConfig]:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    model: tuple, make_checkpoint: Callable[..., Path], tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("run") / "checkpoints", *model, tokenizer_path)
+
+
+@pytest.fixture(scope="module")
+def theirs(model: tuple, tokenizer_path: Path) -> dict[str, list[Any]]:
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_path / "tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    return answers(HFLM(pretrained=llama(*model), tokenizer=tokenizer, max_length=64, batch_size=2, device="cpu"))
+
+
+def same_as(theirs: dict[str, list[Any]], ours: dict[str, list[Any]]) -> None:
+    assert largest_difference(ours, theirs) < 1e-4
+    assert [greedy for _, greedy in ours["loglikelihood"]] == [greedy for _, greedy in theirs["loglikelihood"]]
+    assert ours["generated"] == theirs["generated"]
+
+
+def test_equals_hugging_face(model: tuple, checkpoint: Path, theirs: dict[str, list[Any]]) -> None:
+    loaded = load_model(checkpoint)
+    for batch_size in (1, 3):
+        same_as(theirs, answers(HarnessModel(*loaded, batch_size=batch_size)))
+    # negative control: a model whose norms are a little off
+    with torch.no_grad():
+        loaded[0].named_weights()["norm.norm.weight"].mul_(1.001)
+    assert largest_difference(answers(HarnessModel(*loaded)), theirs) > 1e-3
+
+
+def on_ranks(checkpoint: Path, tensor: int) -> dict[str, list[Any]]:
+    from megalm.parallel.inference import join
+
+    place = join(tensor, "cpu")
+    loaded = load_model(checkpoint, layers=place.layers, ranks=place.groups)
+    found = answers(HarnessModel(*loaded, batch_size=2, ranks=place.groups))
+    place.leave()
+    return found
+
+
+@pytest.mark.parametrize("tensor", [2, 1], ids=["tensor 2", "data 2"])
+def test_ranks_give_the_same(checkpoint: Path, theirs: dict[str, list[Any]], tensor: int) -> None:
+    for found in run_ranks(2, on_ranks, checkpoint, tensor):
+        same_as(theirs, found)
+
+
+def test_options_of_generation(checkpoint: Path) -> None:
+    model, config, tokenizer = load_model(checkpoint)
+    adapter = HarnessModel(model, config, tokenizer, seed=5)
+    sampled = {"until": ["zzz"], "max_gen_toks": 9, "do_sample": True, "temperature": 0.7, "top_k": 9, "min_p": 0.1}
+    (found,) = adapter.generate_until(instances("generate_until", [("ab", sampled)]), True)
+    prompt = tokenizer.encode("ab")
+    expected = generate(
+        model, config, tokenizer, [prompt], max_new_tokens=9, sampling=Sampling(0.7, 9, min_p=0.1), seed=5
+    )
+    assert found == collect(expected, 1)[0]
+    with pytest.raises(MegalmError, match="the task generates with num_beams, which megalm's sampling does not have"):
+        adapter.generate_until(instances("generate_until", [("ab", UNTIL | {"num_beams": 2})]), True)
+    with pytest.raises(MegalmError, match="generates 64 tokens and the model has 64 positions"):
+        adapter.generate_until(instances("generate_until", [("ab", UNTIL | {"max_gen_toks": 64})]), True)
+    with pytest.raises(MegalmError, match="continuation of 65 tokens"):
+        adapter.loglikelihood(instances("loglikelihood", [("a", "b" * 65)]), disable_tqdm=True)
+
+
+def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    from tools.evaluate_model import main
+
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", *map(str, arguments)])
+    monkeypatch.chdir(REPOSITORY)
+    main()
+
+
+def test_the_command_over_a_checkpoint_and_over_an_export(
+    model: tuple,
+    checkpoint: Path,
+    tokenizer_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Local task files, and a task of the harness's own over a local copy of its data, with nothing from the net."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", *TASKS, "--samples", "--batch-size", 4)
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["task", "shots", "metric", "value", "standard", "error"]
+    assert [line[:4] for line in lines if "acc" in line] == [["local_multiple_choice", "0", "acc", "↑"]]
+    output = checkpoint.parent.parent / "evaluation" / "step-20.json"
+    ours = json.loads(output.read_text())
+    assert ours["checkpoint"]["step"] == 20 and len(ours["checkpoint"]["fingerprint"]) == 32
+    assert ours["harness"]["version"] and set(ours["task_hashes"]) == set(ours["results"])
+    assert ours["results"]["local_multiple_choice"]["acc_stderr,none"] > 0
+    assert len((output.parent / "step-20.local_generation.jsonl").read_text().splitlines()) == 3
+
+    exported = llama(*model)
+    exported.save_pretrained(tmp_path / "export")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_path / "tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    ).save_pretrained(tmp_path / "export")
+    evaluate(monkeypatch, "--hf", tmp_path / "export", "--tasks", *TASKS, "--dtype", "float32", "--device", "cpu")
+    theirs = json.loads((tmp_path / "export" / "evaluation.json").read_text())
+    assert theirs["task_hashes"] == ours["task_hashes"]
+    for task, metrics in ours["results"].items():
+        for name, value in metrics.items():
+            if isinstance(value, float) and "stderr" not in name:
+                assert theirs["results"][task][name] == pytest.approx(value, rel=1e-4), (task, name)
+
+    hellaswag = tmp_path / "data" / "Rowan" / "hellaswag"
+    hellaswag.mkdir(parents=True)
+    rows = [
+        {
+            "activity_label": "Cooking",
+            "ctx_a": "A man stirs a pot.",
+            "ctx_b": "he",
+            "endings": ["eats.", "flies away.", "sings to it.", "sits down."],
+            "label": str(number % 4),
+        }
+        for number in range(4)
+    ]
+    for split in ("train", "validation"):
+        (hellaswag / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = tmp_path / "hellaswag.json"
+    options = ("--data", tmp_path / "data", "--limit", 3, "--output", result)
+    evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", "hellaswag", *options)
+    assert json.loads(result.read_text())["documents"]["hellaswag"]["effective"] == 3
+    with pytest.raises(MegalmError, match=r"there is no task hellaswagg \(did you mean hellaswag\?\)"):
+        evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", "hellaswagg", *options)
+    lost = tmp_path / "lost.yaml"
+    lost.write_text(TASKS[0].read_text().replace("configs/eval/data/", "nowhere/"))
+    with pytest.raises(MegalmError, match=r"the data of .*lost.yaml cannot be read \(Unable to find"):
+        evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", lost, *options)

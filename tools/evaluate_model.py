@@ -1,0 +1,178 @@
+"""Measure a model on tasks of the lm-evaluation-harness: its own, or task files over local data.
+
+On several ranks, which share the model's weights (--tensor) and the questions, under a launcher:
+torchrun --nproc-per-node 4 tools/evaluate_model.py --checkpoint RUN --tensor 2 --tasks ...
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from megalm.errors import MegalmError, main_guard
+
+
+def main() -> None:
+    given = arguments()
+    if given.batch_size < 1:
+        raise MegalmError(f"batch size {given.batch_size} is not 1 or more: 16 is a usual one")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if given.hf and ranks > 1:
+        raise MegalmError("--hf is evaluated by one process: start it without a launcher, or name a --checkpoint")
+    if given.data:
+        if not given.data.is_dir():
+            raise MegalmError(f"--data {given.data} is not a folder: name the one that holds the datasets")
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    started = time.time()
+    silent = redirect_stdout(sys.stderr)  # libraries talk; the table alone goes to standard output
+    with silent:
+        place, model, about = load_hugging_face(given) if given.hf else load_checkpoint(given, ranks)
+        try:
+            from megalm.eval.harness import report, run_tasks
+        except ImportError as error:
+            raise lacking(error) from None
+        found = run_tasks(
+            model,
+            given.tasks,
+            include=given.include,
+            data=given.data,
+            shots=given.shots,
+            limit=given.limit,
+            bootstrap=given.bootstrap,
+            seed=given.seed,
+        )
+    if found is not None and (place is None or place.groups.rank == 0):
+        options = {name: getattr(given, name) for name in ("shots", "limit", "seed", "batch_size", "tensor")}
+        kept, table = report(found, about | {"options": options, "seconds": round(time.time() - started, 1)})
+        print(table)
+        write(given, kept, found["samples"])
+    if place:
+        with silent if place.groups.rank else nullcontext():
+            place.leave()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--checkpoint", type=Path, metavar="RUN", help="run folder (its newest checkpoint), or step-N")
+    which.add_argument("--hf", type=Path, metavar="DIR", help="folder of a Hugging Face model, such as an export")
+    add("--tasks", nargs="+", required=True, metavar="TASK", help="names that the harness knows, or task files (.yaml)")
+    add("--include", nargs="+", type=Path, default=[], metavar="DIR", help="folders of more task files, known by name")
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="read datasets from here, offline: DIR/NAME-ON-THE-HUB, and paths in task files (default: as they are)",
+    )
+    add("--shots", type=int, metavar="N", help="examples before each question (default: as the task says)")
+    add("--limit", type=int, metavar="N", help="only the first N documents of each task, for a trial")
+    add("--batch-size", type=int, default=16, metavar="N", help="rows in one pass (default: %(default)s)")
+    add("--bootstrap", type=int, default=1000, metavar="N", help="draws for standard errors (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of few-shot examples and sampling (default: 0)")
+    add("--output", type=Path, metavar="FILE", help="default: RUN/evaluation/step-N.json, or evaluation.json in DIR")
+    add("--samples", action="store_true", help="also write every question and answer, a .jsonl per task beside it")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as they were trained)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one")
+    add("--tensor", type=int, default=1, metavar="N", help="ranks that share the model's weights (default: 1)")
+    add("--tokenizer", metavar="PATH", help="where it is, if it moved since the run")
+    return parser.parse_args()
+
+
+def lacking(error: ImportError) -> MegalmError:
+    return MegalmError(f"evaluation needs the lm-evaluation-harness ({error}): pip install 'megalm[eval]'")
+
+
+def load_checkpoint(given: argparse.Namespace, ranks: int) -> tuple[Any, Any, dict[str, Any]]:
+    """This rank's place (None for one process), the model for the harness, and what there is to say of it."""
+    import torch  # from here on imports take seconds
+
+    from megalm.checkpoint import folder as checkpoints
+    from megalm.checkpoint import manifest as manifests
+    from megalm.eval.load import load_model
+
+    device: Any = given.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place, where = None, dict[str, Any]()
+    if ranks > 1 or given.tensor > 1:
+        from megalm.parallel.inference import join
+
+        place = join(given.tensor, device)
+        device, where = place.device, {"layers": place.layers, "ranks": place.groups}
+    dtype = getattr(torch, given.dtype) if given.dtype else None
+    model, config, tokenizer = load_model(
+        given.checkpoint, device=device, dtype=dtype, tokenizer=given.tokenizer, **where
+    )
+    try:
+        from megalm.eval.harness import HarnessModel
+    except ImportError as error:
+        raise lacking(error) from None
+    folder = checkpoints.resolve(given.checkpoint)
+    manifest = manifests.read(folder)
+    given.output = given.output or folder.parent.parent / "evaluation" / f"{folder.name}.json"
+    about = {
+        "checkpoint": {
+            "path": str(folder),
+            "fingerprint": manifests.checksum(folder / manifests.NAME),  # which holds the checksum of every file
+            "step": manifest.step,
+            "tokens": manifest.tokens,
+        },
+        "tokenizer": tokenizer.fingerprint,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "layout": {"data": place.groups.data_size if place else 1, "tensor": given.tensor},
+    }
+    groups = place.groups if place else None
+    return place, HarnessModel(model, config, tokenizer, batch_size=given.batch_size, ranks=groups), about
+
+
+def load_hugging_face(given: argparse.Namespace) -> tuple[None, Any, dict[str, Any]]:
+    """The same of a folder that transformers reads, through the harness's own adapter."""
+    if not (given.hf / "config.json").is_file():
+        raise MegalmError(f"{given.hf} is not the folder of a Hugging Face model: it has no config.json")
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise lacking(error) from None
+    import torch
+
+    from megalm.checkpoint.manifest import checksum
+
+    device = given.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = HFLM(
+        pretrained=str(given.hf.resolve()),
+        tokenizer=given.tokenizer,
+        dtype=given.dtype or "auto",
+        device=device,
+        batch_size=given.batch_size,
+    )
+    given.output = given.output or given.hf / "evaluation.json"
+    weights = sorted(path for path in given.hf.iterdir() if path.suffix in (".safetensors", ".bin"))
+    files = {path.name: checksum(path) for path in [given.hf / "config.json", *weights]}
+    return None, model, {"checkpoint": {"path": str(given.hf), "fingerprint": files}}
+
+
+def write(given: argparse.Namespace, kept: dict[str, Any], samples: dict[str, list[Any]]) -> None:
+    """The results, and the samples if they are wanted."""
+    output = given.output
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for task, each in samples.items() if given.samples else ():
+            lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in each)
+            output.with_name(f"{output.stem}.{task}.jsonl").write_text(lines, encoding="utf-8")
+    except OSError as error:
+        raise MegalmError(
+            f"the results cannot be written to {output} ({error.strerror}): name another --output"
+        ) from None
+    print(output)
+
+
+if __name__ == "__main__":
+    main_guard(main)
