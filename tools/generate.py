@@ -138,9 +138,9 @@ def read_prompts(given: argparse.Namespace) -> list[str]:
     if given.prompts is None:
         return [text.removesuffix("\n")]
     lines = text.removesuffix("\n").split("\n")
-    return (
-        [_prompt(line, f"{where} line {n}") for n, line in enumerate(lines, 1)] if where.suffix == ".jsonl" else lines
-    )
+    if given.prompts.suffix != ".jsonl":
+        return lines
+    return [_prompt(line, f"{given.prompts} line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def _prompt(line: str, where: str) -> str:

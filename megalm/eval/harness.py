@@ -100,7 +100,7 @@ class HarnessModel(TemplateLM):
         """A text's ids, behind what begins documents unless add_special_tokens is False."""
         bos = self._text.bos_id
         begins = [] if add_special_tokens is False or bos in (None, self._text.eos_id) else [bos]
-        return [*begins, *self._text.encode(string)]  # type: ignore[list-item]
+        return [*begins, *self._text.encode(string)]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -122,9 +122,9 @@ class HarnessModel(TemplateLM):
             "scoring",
             disable_tqdm,
         )
-        for (key, *_), result in zip(requests, scores):
-            if key is not None:
-                self.cache_hook.add_partial("loglikelihood", key, result)
+        for request, result in zip(requests, scores):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], result)
         return scores
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
