@@ -112,8 +112,12 @@ def from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
             byte_fallback=trainer.byte_fallback,
         )
     elif trainer.model_type == sentencepiece_model_pb2.TrainerSpec.UNIGRAM:
+        # sentencepiece never finds control and byte pieces in a text; here, a score keeps them from being worth it
+        text_kinds = (kinds.NORMAL, kinds.USER_DEFINED)
         model = models.Unigram(
-            [(piece, score) for piece, score, _ in spelled], unk_id=unknown, byte_fallback=trainer.byte_fallback
+            [(piece, score if kind in text_kinds else -1e4) for piece, score, kind in spelled],
+            unk_id=unknown,
+            byte_fallback=trainer.byte_fallback,
         )
     else:
         raise MegalmError(f"the sentencepiece model {path} is neither BPE nor unigram: train it as one of them")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalm.convert import architectures, conversion, gate
+from megalm.convert import architectures, conversion, tokenizer_files
 from megalm.convert.architectures import ARCHITECTURES, Architecture
 from megalm.convert.conversion import from_hf, to_hf
 from megalm.convert.mapping import Fused, FusedByHead, Key, Rope, Same, Transposed, Vocabulary
@@ -208,11 +208,7 @@ def test_logits_that_are_no_numbers(tmp_path: Path, tokenizer_path: Path) -> Non
 def test_another_tokenizer_is_caught(
     subjects: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "TEXT", "x")
-    from megalm.convert import tokenizer_files
-
     merges = tokenizer_files._merges
-    monkeypatch.setattr(gate, "TEXT", "should act towards one another")
     monkeypatch.setattr(tokenizer_files, "_merges", lambda scores: merges(scores)[::-1])
     with pytest.raises(MegalmError, match="other ids"):
         to_hf(subjects["llama"], tmp_path / "hf")

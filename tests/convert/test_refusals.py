@@ -114,7 +114,7 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "alibi": ({"position": "alibi"}, "no place for model.position=alibi"),
     "geglu": ({"activation": "geglu"}, "no place for model.activation=geglu"),
     "gpt2 with groups": (models.MODELS["gpt2"][1] | {"num_key_value_heads": 2}, "model.num_key_value_heads=2"),
-    "half of the biases": ({"attention_output_bias": True}, "no place for model.attention_output_bias=True"),
+    "half of the biases": ({"attention_output_bias": True}, "llama, has no place for model.attention_bias=False"),
 }
 
 

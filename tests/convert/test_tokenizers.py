@@ -26,7 +26,19 @@ def strings() -> list[str]:
     letters = "abc de fgh  \n\t 0123 ▁ ▁▁ \u3000\u00a0\u200d\x00\x07the return <|im_end|> <0x41>" + TEXT
     made = ["".join(draw.choice(letters) for _ in range(draw.randint(1, 60))) for _ in range(2000)]
     made += [text[i : i + 200] for text in topics.values() for i in range(0, min(len(text), 4000), 200)]
-    return [*made, *TEXT.splitlines(keepends=True), "", " ", "  a", "a  ", "▁", "a▁ b", "\r\n", "<|endoftext|>"]
+    return [
+        *made,
+        *TEXT.splitlines(keepends=True),
+        "",
+        " ",
+        "  a",
+        "a  ",
+        "▁",
+        "a▁ b",
+        "\r\n",
+        "<|endoftext|>",
+        "<0x41>",
+    ]
 
 
 def test_sentencepiece_bpe_has_no_mismatch(tokenizer_path: Path, tmp_path: Path) -> None:
@@ -52,6 +64,7 @@ def test_unigram_says_where_it_may_differ(tmp_path: Path) -> None:
     train(lambda: [*topics.values(), TEXT * 20], 600, "unigram").save(tmp_path / "unigram")
     ours = load(tmp_path / "unigram")
     made = from_sentencepiece(tmp_path / "unigram" / "tokenizer.model")
+    made.encode_special_tokens = True  # where a user types one, it is text
     texts = strings()
     different = [t for t in texts if made.encode(t, add_special_tokens=False).ids != ours.encode(t)]
     assert len(different) < 0.01 * len(texts)
