@@ -91,3 +91,17 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path) -> None:
     (runs[0] / "evaluation" / "step-5.json").write_text("{}")
     with pytest.raises(MegalmError, match=r"step-5.json is not what tools/evaluate_model.py writes"):
         read_course(runs[0])
+
+
+def test_the_command(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tools.compare_runs import main
+
+    pictures = ["--output", tmp_path / "curves.png", "--scores", tmp_path / "scores.png"]
+    paths = [runs[0], runs[0] / "checkpoints" / "step-5", runs[1]]
+    monkeypatch.setattr("sys.argv", ["compare_runs.py", *map(str, [*paths, *pictures])])
+    main()
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["first", "step-5", "second"] and out[-2:] == [str(pictures[1]), str(pictures[3])]
+    assert all(Path(picture).stat().st_size > 10_000 for picture in pictures[1::2])

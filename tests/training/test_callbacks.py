@@ -5,14 +5,20 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
-from megalm.training.build import _short_names
+from megalm.data.index import ShardReader
+from megalm.tokenizer.base import Tokenizer
+from megalm.tokenizer.load import load
+from megalm.training.build import _held_out, _held_out_bytes, _short_names
 from megalm.training.callbacks import anomalies
 from megalm.training.callbacks.anomalies import Anomalies
 from megalm.training.callbacks.checkpoints import Checkpoints
 from megalm.training.callbacks.evaluation import Evaluation
 from megalm.training.callbacks.garbage import GarbageCollection
+from megalm.training.config import RunConfig
+from megalm.training.plan import plan
 from megalm.training.run import ANOMALY, PREEMPTED, Callback, Run
 from tests.distributed import sabotage
 from tests.distributed.ranks import run_ranks
@@ -206,6 +212,45 @@ def test_evaluation_is_due_at_its_steps_and_at_the_end(every: int, expected: lis
     record = {}
     Evaluation(every, BYTES).after_step(run, record)  # type: ignore[arg-type]
     assert record == {}, "nothing to evaluate, nothing to say"
+
+
+def test_held_out_bytes_do_not_depend_on_the_layout(settings: Callable[..., dict[str, Any]]) -> None:
+    """Of every layout they are the bytes of the text that all the evaluated tokens stand for, counted once."""
+    tree = settings(evaluate={"sequences": 7})
+
+    def counted(data: int, tensor: int) -> dict[str, int]:
+        parallel = {"parallel": {"tensor": tensor}}
+        planned = plan(RunConfig.model_validate(tree | parallel), data * tensor)
+        ranks = [Joined(planned.layout.coordinates(rank)[1]) for rank in range(data * tensor)]
+        batches = [_held_out(planned, rank) for rank in ranks]  # type: ignore[arg-type]
+        for rank, held_out in zip(ranks, batches):
+            _held_out_bytes(planned, rank, held_out)  # type: ignore[arg-type]
+        everyone = [rank.given for rank in ranks]
+        ranks[0].others = everyone
+        return _held_out_bytes(planned, ranks[0], batches[0])  # type: ignore[arg-type]
+
+    alone = counted(1, 1)
+    reader = ShardReader(tree["data"]["held_out"][0]["path"])
+    windows = [int(number) for number in np.arange(7) * ((reader.tokens_total - 1) // 32) // 7]
+    tokenizer = load(tree["data"]["tokenizer"])
+    text = b"".join(_bytes(tokenizer, reader.tokens(32 * n + 1, 32 * n + 33)) for n in windows)
+    assert alone["held_out"] == pytest.approx(len(text), rel=0.02), "characters cut by a window's end decode to more"
+    assert counted(2, 1) == counted(1, 2) == counted(4, 2) == alone
+
+
+class Joined:
+    """A rank's groups, and what the ranks gather: `others`, or only its own."""
+
+    def __init__(self, data_rank: int) -> None:
+        self.data_rank, self.given, self.others = data_rank, None, None
+
+    def gather(self, item: Any) -> list[Any]:
+        self.given = item
+        return self.others or [item]
+
+
+def _bytes(tokenizer: Tokenizer, ids: np.ndarray) -> bytes:
+    return tokenizer.decode(ids).encode()
 
 
 def test_checkpoints_are_due_at_their_steps_at_the_end_and_on_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
