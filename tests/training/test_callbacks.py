@@ -254,13 +254,18 @@ def _bytes(tokenizer: Tokenizer, ids: np.ndarray) -> bytes:
 
 
 def test_checkpoints_are_due_at_their_steps_at_the_end_and_on_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, saved = StandIn(steps=10), []
-    monkeypatch.setattr("megalm.training.callbacks.checkpoints.save", lambda run: saved.append(run.step))
+    run, saved, settled = StandIn(steps=10), [], []
+    where = "megalm.training.callbacks.checkpoints"
+    monkeypatch.setattr(f"{where}.save", lambda run, wait: saved.append((run.step, wait)))
+    monkeypatch.setattr(f"{where}.settle", lambda run, wait: settled.append((run.step, wait)))
     for run.step in range(1, 11):
         run.stop = PREEMPTED if run.step == 6 else ANOMALY if run.step == 7 else None
         Checkpoints(4).after_step(run, {})  # type: ignore[arg-type]
     Checkpoints(4).after_step(run, {"rolled_back": True})  # type: ignore[arg-type]
-    assert saved == [4, 6, 8, 10]
+    assert saved == [(4, False), (6, True), (8, False), (10, True)], "only a run that ends waits for the disk"
+    assert settled == [(step, False) for step in (1, 2, 3, 5, 7, 9, 10)]
+    Checkpoints(4).on_end(run)  # type: ignore[arg-type]
+    assert settled[-1] == (10, True)
 
 
 def test_a_callback_needs_none_of_the_hooks() -> None:

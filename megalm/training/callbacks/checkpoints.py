@@ -14,9 +14,9 @@ class Checkpoints(Callback):
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
         due = run.due(self._every) and not record.get("rolled_back")
-        ending = run.is_last_step or run.stop == PREEMPTED
-        if due or ending:
-            save(run, wait=ending)
+        preempted = run.stop == PREEMPTED
+        if due or preempted:
+            save(run, wait=run.is_last_step or preempted)
         else:
             settle(run, wait=False)
 
