@@ -78,7 +78,7 @@ def test_a_run_starts_from_the_weights(
         fresh = tree(corpus, tmp_path / "fresh", origin / source)
         del fresh["model"]["init_from"]
         run_ranks(1, train_run, fresh)
-        assert curve(made)[0]["loss"] != pytest.approx(curve(fresh)[0]["loss"], rel=0.01)
+        assert curve(made)[0]["loss"] != pytest.approx(curve(fresh)[0]["loss"], rel=1e-3)
         # resumed, it does not look there again
         made["train"]["steps"] = 3
         made["model"]["init_from"] = str(tmp_path / "gone")
