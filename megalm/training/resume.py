@@ -17,6 +17,7 @@ from megalm.checkpoint.tensors import Reader, Snapshot
 from megalm.convert import start
 from megalm.convert.sources import CheckpointSource, Source
 from megalm.errors import MegalmError
+from megalm.models.config import ModelConfig
 from megalm.parallel.state import WEIGHT, Piece
 from megalm.training.config import RunConfig
 from megalm.training.plan import Plan
@@ -78,6 +79,7 @@ def check(manifest: Manifest, plan: Plan, name: str) -> None:
     for path, why in _SAME:
         then, now = _at(manifest.config, path), _at(ours, path)
         if path == "model":
+            then = ModelConfig().model_dump() | then  # of a version that did not know some keys yet
             changed = [(f"{path}.{k}", then.get(k), now[k]) for k in now if then.get(k) != now[k] and k not in _FREE]
         else:
             changed = [(path, then, now)] if then != now else []

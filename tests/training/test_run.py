@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file as load
 
 from megalm.checkpoint import folder as checkpoints
+from megalm.checkpoint import manifest as manifests
 from megalm.errors import MegalmError
 from tests.distributed.ranks import RankFailed, run_ranks
 from tests.training.runs import CrashAt, NaNAt, SignalAt, curve, state, train_run
@@ -272,6 +274,18 @@ def test_a_byte_in_any_file_of_a_checkpoint(settings: Settings, corpus: Path) ->
     assert run_ranks(1, train_run, back) == [0]
     assert run_ranks(1, train_run, back) == [0]
     assert checkpoints.steps(folder.parent) == [4, 8] and (folder.parent / "left-step-8").is_dir()
+
+
+def test_a_key_that_came_later_has_its_default(settings: Settings, corpus: Path) -> None:
+    tree = settings()
+    _train_once(tree, corpus)
+    folder = Path(tree["run"]["directory"]) / "checkpoints" / "step-8"
+    manifest = manifests.read(folder)
+    older = {key: value for key, value in manifest.config["model"].items() if key != "parallel_residual"}
+    manifests.write(folder, replace(manifest, config=manifest.config | {"model": older}))
+    assert run_ranks(1, train_run, tree) == [0]
+    with pytest.raises(RankFailed, match="was trained with model.parallel_residual=False and the config says True"):
+        run_ranks(1, train_run, merged(tree, model={"parallel_residual": True}))
 
 
 def test_a_table_of_positions_keeps_its_rows(settings: Settings) -> None:
