@@ -103,7 +103,8 @@ def test_owned_keys_are_refused_wherever_they_are_nested(key: str) -> None:
 def test_a_section_that_holds_owned_keys_is_not_replaced_whole(value: Any) -> None:
     with pytest.raises(ValueError, match=r"deepspeed\.zero_optimization is a mapping of keys.* than zero_opt.*stage"):
         check_pass_through({"zero_optimization": value})
-    with pytest.raises(ValueError, match=r"deepspeed\.fp16 is a mapping .* than fp16\.enabled, which megalm decides"):
+    owned = r"fp16\.enabled, fp16\.fp16_master_weights_and_grads"
+    with pytest.raises(ValueError, match=rf"deepspeed\.fp16 is a mapping .* than {owned}, which megalm decides"):
         check_pass_through({"fp16": value})
 
 
