@@ -79,20 +79,24 @@ def train(folder: Path, arguments: argparse.Namespace) -> tuple[list[dict[str, A
     saves: list[float] = []
 
     class Watch(Callback):
-        """First of the callbacks: knows what the step before it and the save after it took."""
+        """Last of the callbacks: what the save before it took, and whether the next step runs beside its writing."""
+
+        writing = False
 
         def after_step(self, run: Run, record: dict[str, Any]) -> None:
-            writing = run.saver._thread is not None and run.saver._thread.is_alive()
-            steps.append({"seconds": record["seconds"], "writing": writing, "step": run.step})
-
-    class Saved(Callback):
-        """Last of them."""
-
-        def after_step(self, run: Run, record: dict[str, Any]) -> None:
-            if run.step % arguments.every == 0 and not run.is_last_step:
+            steps.append({"seconds": seconds.pop(), "writing": self.writing})
+            self.writing = run.step % arguments.every == 0 and not run.is_last_step
+            if self.writing:
                 saves.append(run.blocked)
 
-    run.callbacks[:] = [Watch(), *run.callbacks, Saved()]
+    class Seconds(Callback):
+        """First of them: the record loses its seconds on the way."""
+
+        def after_step(self, run: Run, record: dict[str, Any]) -> None:
+            seconds.append(record["seconds"])
+
+    seconds: list[float] = []
+    run.callbacks[:] = [Seconds(), *run.callbacks, Watch()]
     loop(run)
     newest = resume.checkpoints.newest(resume.directory(run.config))
     assert newest is not None
