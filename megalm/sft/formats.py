@@ -1,0 +1,157 @@
+"""Published formats of labelled data as rows: what fine-tuning reads is JSONL with named columns."""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from megalm.errors import MegalmError
+
+Row = dict[str, Any]
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a text file, plain or .gz, without their ends. Raises MegalmError for what is not UTF-8."""
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                yield number, line.rstrip("\r\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise MegalmError(f"{path} cannot be read ({error}): correct the path, or copy the file again") from None
+    except UnicodeDecodeError:
+        raise MegalmError(f"{path}:{number + 1} is not UTF-8 text: convert the file first") from None
+
+
+def tsv(paths: Sequence[Path], names: Sequence[str] | None = None) -> Iterator[Row]:
+    """text TAB label -> {text, label}; text TAB pair TAB label -> {text, pair, label}.
+
+    names: of the classes, where the file holds their numbers.
+    """
+    for path in paths:
+        for number, line in read_lines(path):
+            if not line.strip():
+                continue
+            parts = line.split("\t")
+            if len(parts) not in (2, 3):
+                raise MegalmError(
+                    f"{path}:{number} has {len(parts)} columns between tabs, not text and label, nor text, pair and "
+                    "label: correct the line"
+                )
+            label = parts[-1].strip()
+            if names is not None:
+                if not label.isdigit() or int(label) >= len(names):
+                    raise MegalmError(
+                        f"{path}:{number} says class {label!r}, and the names are numbered 0 to {len(names) - 1}: "
+                        "correct either"
+                    )
+                label = names[int(label)]
+            yield (
+                {"text": parts[0], "label": label}
+                if len(parts) == 2
+                else {
+                    "text": parts[0],
+                    "pair": parts[1],
+                    "label": label,
+                }
+            )
+
+
+def conll(paths: Sequence[Path]) -> Iterator[Row]:
+    """One token and its tag a line (the first and the last column), an empty line between sentences ->
+    {tokens, tags}."""
+    for path in paths:
+        tokens, tags = list[str](), list[str]()
+        for number, line in read_lines(path):
+            parts = line.split("\t") if "\t" in line else line.split()
+            if not "".join(parts).strip() or parts[0].startswith("-DOCSTART-"):
+                if tokens:
+                    yield {"tokens": tokens, "tags": tags}
+                tokens, tags = [], []
+            elif len(parts) < 2:
+                raise MegalmError(f"{path}:{number} is neither empty nor a token with its tag: correct the line")
+            else:
+                tokens.append(parts[0])
+                tags.append(parts[-1].strip())
+        if tokens:
+            yield {"tokens": tokens, "tags": tags}
+
+
+def squad(paths: Sequence[Path]) -> Iterator[Row]:
+    """SQuAD's JSON (also CMRC 2018's) -> {id, context, question, answers: {text, answer_start}}."""
+    for path in paths:
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            for article in tree["data"]:
+                for paragraph in article["paragraphs"]:
+                    for question in paragraph["qas"]:
+                        answers = question.get("answers", [])
+                        yield {
+                            "id": str(question["id"]),
+                            "context": paragraph["context"],
+                            "question": question["question"],
+                            "answers": {
+                                "text": [answer["text"] for answer in answers],
+                                "answer_start": [answer["answer_start"] for answer in answers],
+                            },
+                        }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MegalmError(f"{path} is not in SQuAD's format ({error!r}): name another format") from None
+
+
+_SEMEVAL = re.compile(r'(\d+)\t"(.*)"\s*$')
+
+
+def semeval(paths: Sequence[Path]) -> Iterator[Row]:
+    """SemEval-2010 task 8: a numbered, quoted sentence with <e1> and <e2>, and its relation on the next line ->
+    {text, label}."""
+    for path in paths:
+        sentence: str | None = None
+        for number, line in read_lines(path):
+            found = _SEMEVAL.match(line)
+            if found:
+                sentence = found[2]
+            elif sentence is not None:
+                if not line.strip():
+                    raise MegalmError(f"{path}:{number} should name the relation of the sentence above: correct it")
+                yield {"text": sentence, "label": line.strip()}
+                sentence = None
+
+
+def parallel(paths: Sequence[Path]) -> Iterator[Row]:
+    """Two text files whose lines translate each other -> {source, target}."""
+    if len(paths) != 2:
+        raise MegalmError(f"parallel text is two files, the source and its translation, not {len(paths)}: name both")
+    streams = [read_lines(path) for path in paths]
+    while True:
+        lines = [next(stream, None) for stream in streams]
+        if lines[0] is None and lines[1] is None:
+            return
+        if lines[0] is None or lines[1] is None:
+            shorter = paths[0] if lines[0] is None else paths[1]
+            raise MegalmError(f"{shorter} has fewer lines than the other file: their lines must translate each other")
+        source, target = lines[0][1].strip(), lines[1][1].strip()
+        if source and target:
+            yield {"source": source, "target": target}
+
+
+FORMATS: dict[str, Callable[..., Iterator[Row]]] = {
+    "tsv": tsv,
+    "conll": conll,
+    "squad": squad,
+    "semeval": semeval,
+    "parallel": parallel,
+}
+
+
+def is_held_out(row: Row, share: float) -> bool:
+    """Whether a row is kept for the held-out file: by its content, so that the same rows are, in whatever order.
+
+    Rows of one context (questions about a text) go together.
+    """
+    key = row.get("context") or json.dumps(row, ensure_ascii=False, sort_keys=True)
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) < share * 2**64

@@ -1,0 +1,137 @@
+"""Published formats become rows, and what is not in the format is refused by file and line."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalm.errors import MegalmError
+from megalm.sft import formats
+
+CONLL = "-DOCSTART- -X- O\n\nParis NNP B-LOC\nis VBZ O\n\n\nAnna\tB-PER\nBell\tI-PER\n"
+SEMEVAL = (
+    '1\t"An <e1>engine</e1> of a "fast" <e2>car</e2>."\nComponent-Whole(e1,e2)\nComment: none\n\n'
+    '2\t"The <e1>a</e1> and <e2>b</e2>."\nOther\nComment:\n'
+)
+SQUAD = {
+    "data": [
+        {
+            "paragraphs": [
+                {
+                    "context": "生命数耗完即算为踢爆。",
+                    "qas": [
+                        {"id": 7, "question": "算为什么？", "answers": [{"text": "踢爆", "answer_start": 8}]},
+                        {"id": "b", "question": "谁？"},
+                    ],
+                }
+            ]
+        }
+    ]
+}
+
+
+def written(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    return path
+
+
+def test_tsv_of_one_text_or_two(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.tsv", "good film\tpos\r\n\nbad\tneg\nis it?\tit is\tyes\n")
+    assert list(formats.tsv([path])) == [
+        {"text": "good film", "label": "pos"},
+        {"text": "bad", "label": "neg"},
+        {"text": "is it?", "pair": "it is", "label": "yes"},
+    ]
+
+
+def test_tsv_with_numbered_classes(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.tsv", "x\t1\ny\t0\n")
+    assert [row["label"] for row in formats.tsv([path], ["no", "yes"])] == ["yes", "no"]
+    with pytest.raises(MegalmError, match=r"a\.tsv:1 says class '1'"):
+        list(formats.tsv([path], ["no"]))
+
+
+def test_conll_with_and_without_columns_between(tmp_path: Path) -> None:
+    assert list(formats.conll([written(tmp_path, "a.conll", CONLL)])) == [
+        {"tokens": ["Paris", "is"], "tags": ["B-LOC", "O"]},
+        {"tokens": ["Anna", "Bell"], "tags": ["B-PER", "I-PER"]},
+    ]
+
+
+def test_semeval(tmp_path: Path) -> None:
+    assert list(formats.semeval([written(tmp_path, "a.txt", SEMEVAL)])) == [
+        {"text": 'An <e1>engine</e1> of a "fast" <e2>car</e2>.', "label": "Component-Whole(e1,e2)"},
+        {"text": "The <e1>a</e1> and <e2>b</e2>.", "label": "Other"},
+    ]
+
+
+def test_squad_with_and_without_answers(tmp_path: Path) -> None:
+    first, second = formats.squad([written(tmp_path, "a.json", json.dumps(SQUAD))])
+    [text], [start] = first["answers"]["text"], first["answers"]["answer_start"]
+    assert first["id"] == "7" and first["context"][start : start + len(text)] == text
+    assert second["answers"] == {"text": [], "answer_start": []}
+
+
+def test_parallel_text(tmp_path: Path) -> None:
+    source, target = written(tmp_path, "a.en.gz", "one\n\ntwo\n"), written(tmp_path, "a.de", "eins\nleer\nzwei\n")
+    assert list(formats.parallel([source, target])) == [
+        {"source": "one", "target": "eins"},
+        {"source": "two", "target": "zwei"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "message"),
+    [
+        (formats.tsv, "no tab\n", r"file:1 has 1 columns"),
+        (formats.conll, "Anna\n", r"file:1 is neither"),
+        (formats.squad, "[]", "not in SQuAD's format"),
+        (formats.semeval, '1\t"a"\n\n', r"file:2 should name the relation"),
+        (formats.parallel, "a\n", "two files"),
+    ],
+)
+def test_what_is_not_in_the_format_is_refused(tmp_path: Path, read: object, text: str, message: str) -> None:
+    with pytest.raises(MegalmError, match=message):
+        list(read([written(tmp_path, "file", text)]))  # type: ignore[operator]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    longer, shorter = written(tmp_path, "a", "1\n2\n"), written(tmp_path, "b", "1\n")
+    with pytest.raises(MegalmError, match="b has fewer lines"):
+        list(formats.parallel([longer, shorter]))
+    latin = tmp_path / "latin"
+    latin.write_bytes(b"a\tb\ncaf\xe9\tc\n")
+    with pytest.raises(MegalmError, match="is not UTF-8"):
+        list(formats.tsv([latin]))
+    short = written(tmp_path, "a.gz", "text\tlabel\n" * 1000)
+    short.write_bytes(short.read_bytes()[:-10])
+    with pytest.raises(MegalmError, match=r"a\.gz cannot be read"):
+        list(formats.tsv([short]))
+
+
+def test_questions_about_one_text_are_held_out_together() -> None:
+    rows = [{"context": f"text {n // 4}", "question": str(n)} for n in range(400)]
+    held = [formats.is_held_out(row, 0.3) for row in rows]
+    assert all(len(set(held[start : start + 4])) == 1 for start in range(0, 400, 4))
+    assert 0.15 < sum(held) / len(held) < 0.45
+    assert [formats.is_held_out(row, 0.3) for row in reversed(rows)] == held[::-1]
+
+
+def test_the_command_parts_rows_and_says_how_many(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.tsv", "".join(f"text {n}\t{n % 2}\n" for n in range(300)))
+    names = written(tmp_path, "names.txt", "no\nyes\n")
+    command = [sys.executable, "tools/prepare_rows.py", "tsv", str(path), "--output", str(tmp_path / "rows")]
+    said = subprocess.run([*command, "--names", str(names)], capture_output=True, text=True, check=True).stdout
+    parts = {
+        name: [json.loads(line) for line in (tmp_path / "rows" / f"{name}.jsonl").open()]
+        for name in ("train", "held_out")
+    }
+    assert f"{len(parts['train'])} rows to train on, {len(parts['held_out'])} held out" in said
+    assert sorted(int(row["text"].split()[1]) for part in parts.values() for row in part) == list(range(300))
+    assert 10 < len(parts["held_out"]) < 60
+    wrong = subprocess.run([*command, "--held-out", "1"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "is not a share" in wrong.stderr
