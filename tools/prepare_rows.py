@@ -11,10 +11,10 @@ from megalm.sft import formats
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="\n".join(f"{name:9} {' '.join((read.__doc__ or '').split())}"
+                                     epilog="\n".join(f"{name:17} {' '.join((read.__doc__ or '').split())}"
                                                       for name, read in formats.FORMATS.items()))  # fmt: skip
     parser.add_argument("format", choices=formats.FORMATS)
-    parser.add_argument("inputs", nargs="+", type=Path, help="files; .gz is read in text formats")
+    parser.add_argument("inputs", nargs="*", type=Path, help="files; .gz is read in text formats")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="train.jsonl, held_out.jsonl go here")
     parser.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="default: %(default)s")
     parser.add_argument("--names", type=Path, metavar="FILE", help="tsv: names of the classes, one a line, where the "
@@ -22,6 +22,9 @@ def main() -> None:
     given = parser.parse_args()
     if not 0 <= given.held_out < 1:
         raise MegalmError(f"--held-out {given.held_out} is not a share from 0 to below 1: 0.1 is a usual one")
+    if bool(given.inputs) == given.format.startswith("python-"):
+        way = "no files: leave them out" if given.inputs else "files: name at least one"
+        raise MegalmError(f"the format {given.format} is read from {way}")
     options = {}
     if given.names:
         if given.format != "tsv":

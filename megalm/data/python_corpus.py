@@ -53,6 +53,18 @@ def gather_python(tally: Tally, parts: Sequence[str] = DEFAULT_PARTS) -> Iterato
                     yield Document(piece, f"python/{path.relative_to(library)}", group)
 
 
+def docstrings() -> Iterator[tuple[str, str, str]]:
+    """(module, heading, docstring) of every public class and function of the standard library's Python files, in a
+    fixed order. A heading is the full name, with the arguments of a function."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in _python_files(library):
+        name = _module_name(path, library)
+        tree = _parsed(path, Tally())
+        for heading, docstring in _entries(tree, name) if tree else ():
+            if docstring and heading != name:
+                yield name, heading, docstring
+
+
 def _topics(tally: Tally) -> Iterator[Document]:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
@@ -105,18 +117,23 @@ def _source(path: Path, tally: Tally) -> str | None:
 def _pages(root: Path, prefix: str, tally: Tally) -> Iterator[Document]:
     """Reference pages of the Python files below a folder."""
     for path in _python_files(root):
-        text = _source(path, tally)
-        if text is None:
-            continue
-        name = _module_name(path, root)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-                tree = ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError):
-            tally.skipped["Python files that do not parse"] += 1
-            continue
-        yield from _page(name, list(_entries(tree, name)), prefix, tally)
+        tree = _parsed(path, tally)
+        if tree is not None:
+            name = _module_name(path, root)
+            yield from _page(name, list(_entries(tree, name)), prefix, tally)
+
+
+def _parsed(path: Path, tally: Tally) -> ast.Module | None:
+    text = _source(path, tally)
+    if text is None:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        tally.skipped["Python files that do not parse"] += 1
+        return None
 
 
 def _entries(node: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, str]]:

@@ -4,11 +4,13 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from megalm.data.python_corpus import docstrings
 from megalm.errors import MegalmError
 
 Row = dict[str, Any]
@@ -139,12 +141,46 @@ def parallel(paths: Sequence[Path]) -> Iterator[Row]:
             yield {"source": source, "target": target}
 
 
+MODULES = 10
+"""Classes of python_modules: the modules of which most is said."""
+
+
+def python_modules(paths: Sequence[Path] = ()) -> Iterator[Row]:
+    """No files: sentences of the Python installation's own documentation, and the module each is about ->
+    {text, label}."""
+    by_module = dict[str, dict[str, None]]()  # an ordered set of each
+    for module, heading, docstring in docstrings():
+        name = module.split(".")[0].removeprefix("_py").lstrip("_")
+        text = _first_paragraph(docstring)
+        if 25 < len(text) < 200 and heading.split(".")[-1] not in text:
+            by_module.setdefault(name, {})[text] = None
+    largest = sorted(by_module, key=lambda name: (-len(by_module[name]), name))[:MODULES]
+    said = Counter(text for name in largest for text in by_module[name])
+    for name in largest:
+        yield from ({"text": text, "label": name} for text in by_module[name] if said[text] == 1)
+
+
+def python_questions(paths: Sequence[Path] = ()) -> Iterator[Row]:
+    """No files: questions about Python's standard library, answered by its documentation -> {messages}."""
+    for module, heading, docstring in docstrings():
+        text, name = _first_paragraph(docstring), heading.split("(")[0]
+        if 25 < len(text) < 400 and not module.startswith("_"):
+            question = f"What does {name.removeprefix(f'{module}.')} in Python's module {module} do?"
+            yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": text}]}
+
+
+def _first_paragraph(docstring: str) -> str:
+    return " ".join(docstring.strip().split("\n\n")[0].split())
+
+
 FORMATS: dict[str, Callable[..., Iterator[Row]]] = {
     "tsv": tsv,
     "conll": conll,
     "squad": squad,
     "semeval": semeval,
     "parallel": parallel,
+    "python-modules": python_modules,
+    "python-questions": python_questions,
 }
 
 

@@ -121,6 +121,17 @@ def test_questions_about_one_text_are_held_out_together() -> None:
     assert [formats.is_held_out(row, 0.3) for row in reversed(rows)] == held[::-1]
 
 
+def test_rows_about_python_itself() -> None:
+    rows = list(formats.python_modules())
+    labels = {row["label"] for row in rows}
+    assert len(rows) > 1000 and len(labels) == formats.MODULES and {"tkinter", "asyncio", "email"} <= labels
+    assert len({row["text"] for row in rows}) == len(rows), "a sentence stands for one class only"
+    questions = list(formats.python_questions())
+    assert len(questions) > 2000
+    [asked] = [row for row in questions if "What does dumps in Python's module json do?" in str(row)]
+    assert asked["messages"][1]["content"].startswith("Serialize ``obj`` to a JSON formatted")
+
+
 def test_the_command_parts_rows_and_says_how_many(tmp_path: Path) -> None:
     path = written(tmp_path, "a.tsv", "".join(f"text {n}\t{n % 2}\n" for n in range(300)))
     names = written(tmp_path, "names.txt", "no\nyes\n")
