@@ -14,13 +14,16 @@ import pytest
 import torch
 
 from megalm.checkpoint.tensors import Reader
+from megalm.errors import MegalmError
 from megalm.eval.generate import Sampling, collect, generate
 from megalm.eval.load import load_model
 from megalm.eval.scoring import score
 from megalm.layout import Layout
 from megalm.models import stage
 from megalm.models.config import ModelConfig
-from megalm.models.decoder import LayerList
+from megalm.models.decoder import LayerList, decoder
+from megalm.models.stage import stages_of
+from megalm.nn.layers import Layers
 from megalm.tokenizer.base import Tokenizer
 from tests.eval.test_inference import CASES, alone, difference, forget_a_value, remembered, rows
 
@@ -83,19 +86,23 @@ def forget_on_the_last(patch: pytest.MonkeyPatch, at: int) -> None:
         forget_a_value(patch)
 
 
-def share_the_first(patch: pytest.MonkeyPatch, at: int) -> None:
-    """Each stage believes in its own logits."""
+def shift_tokens(patch: pytest.MonkeyPatch, at: int) -> None:
+    """Each token's hidden states come to the next stage in the place of its neighbour's."""
     from megalm.parallel.inference import Pipe
 
-    patch.setattr(Pipe, "share", lambda self, logits: logits if self.stage else logits.zero_())
+    original = Pipe.send
+    patch.setattr(Pipe, "send", lambda self, hidden: original(self, hidden.roll(1, 0)))
 
 
-def on_ranks(folders: list[Path], layout: Layout, mistake: Callable[[pytest.MonkeyPatch, int], None] | None) -> Any:
-    """What this rank hears of each checkpoint's model."""
+def on_ranks(
+    folders: list[Path], layout: Layout, mistakes: list[Callable[[pytest.MonkeyPatch, int], None]]
+) -> tuple[list[Said], list[np.ndarray]]:
+    """What this rank hears of each checkpoint's model, and the first one's logits under each mistake."""
     from megalm.parallel.inference import join
 
     place = join("cpu", tensor=layout.tensor, pipeline=layout.pipeline)
-    heard = []
+    where = {"layers": place.layers, "pipe": place.pipe, "ranks": place.groups}
+    heard, wrong = [], []
     for folder in folders:
         read: list[tuple[str, int]] = []
         original = Reader.stretch
@@ -106,14 +113,16 @@ def on_ranks(folders: list[Path], layout: Layout, mistake: Callable[[pytest.Monk
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Reader, "stretch", stretch)
-            if mistake:
-                mistake(patch, place.groups.rank)
-            loaded = load_model(folder, layers=place.layers, pipe=place.pipe, ranks=place.groups)
-            heard.append(say(*loaded))
-        heard[-1].read = read
+            loaded = load_model(folder, **where)
         assert [name for name, _ in read] == [*loaded[0].named_weights()]
+        heard.append(say(*loaded))
+        heard[-1].read = read
+    for mistake in mistakes:
+        with pytest.MonkeyPatch.context() as patch:
+            mistake(patch, place.groups.rank)
+            wrong.append(remembered(load_model(folders[0], **where)[0]).numpy())
     place.leave()
-    return heard
+    return heard, wrong
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=Layout.describe)
@@ -134,8 +143,10 @@ def test_every_rank_says_the_same(
         )
         for number, built in enumerate(models.values())
     ]
-    results = on_four_ranks(on_ranks, folders, layout, None)
-    for case, *ranks in zip(chosen, *results, strict=True):
+    staged = layout.pipeline > 1
+    mistakes = [forget_on_the_last, *([swap_blocks, shift_tokens] if staged else [])]
+    heard, wrong = zip(*on_four_ranks(on_ranks, folders, layout, mistakes), strict=True)
+    for case, *ranks in zip(chosen, *heard, strict=True):
         model, config = models[case]
         expected, logits = say(model, config, tokenizer), alone(model)
         sizes = {name: weight.numel() for name, weight in model.named_weights().items()}
@@ -148,15 +159,61 @@ def test_every_rank_says_the_same(
         stages = [{name for name, _ in ranks[layout.rank(at, 0, 0)].read} for at in range(layout.pipeline)]
         assert set().union(*stages) == {*sizes}
         twice = [name for name in sizes if sum(name in held for held in stages) > 1]
-        tied = config.tie_word_embeddings and layout.pipeline > 1
+        tied = config.tie_word_embeddings and staged
         assert twice == (["embedding.table.weight"] if tied else []), case
         assert not tied or twice[0] in stages[0] & stages[-1]
 
     # negative controls
-    case, said = chosen[0], results[0][0]
-    other, _ = make_model(**changes(case, layout) | {"norm_eps": 1e-3})
-    assert difference(torch.from_numpy(said.logits), alone(other)) > 1e-4
-    for mistake in (swap_blocks, share_the_first, forget_on_the_last)[0 if layout.pipeline > 1 else 2 :]:
-        wrong = [heard[0] for heard in on_four_ranks(on_ranks, folders[:1], layout, mistake)]
-        assert max(difference(torch.from_numpy(each.logits), alone(models[case][0])) for each in wrong) > 1e-3
-        assert any(each.texts != said.texts for each in wrong), mistake.__name__
+    case = chosen[0]
+    expected = alone(models[case][0])
+    for mistake, *ranks in zip(mistakes, *wrong, strict=True):
+        assert max(difference(torch.from_numpy(logits), expected) for logits in ranks) > 1e-3, mistake.__name__
+    other, config = make_model(**changes(case, layout) | {"norm_eps": 0.1})
+    said = heard[0][0]
+    assert difference(torch.from_numpy(said.logits), alone(other)) > 1e-3
+    assert say(other, config, tokenizer).texts != said.texts
+
+
+def test_layers_are_shared_out_in_order() -> None:
+    def shares(layers: int, stages: int, **changes: Any) -> list[int]:
+        config = ModelConfig(vocab_size=8, hidden_size=8, num_attention_heads=1, num_layers=layers, **changes)
+        return stages_of(decoder(config, Layers(), seed=0), stages)
+
+    assert shares(2, 2) == [0, 0, 1, 1, 1]
+    assert shares(5, 2, position="learned") == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert shares(3, 3) == [0, 0, 1, 2, 2, 2]
+    assert shares(4, 1) == [0] * 7
+
+
+@pytest.mark.parametrize(
+    ("degrees", "words"),
+    [
+        ({"tensor": 2}, "parallel.tensor 2 x parallel.pipeline 1 = 2 does not divide the 3 ranks: start 2 or 4 ranks"),
+        ({"pipeline": 2}, "parallel.tensor 1 x parallel.pipeline 2 = 2 does not divide the 3 ranks"),
+        ({"pipeline": 0}, "the pipeline degree 0 is not 1 or more"),
+    ],
+    ids=str,
+)
+def test_degrees_that_do_not_fit_the_ranks_are_refused(
+    degrees: dict[str, int], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megalm.parallel.inference import join
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(2):  # of which one says it
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(MegalmError, match=words) as refused:
+            join("cpu", **degrees)
+        assert refused.value.echo == (rank > 0)
+
+
+def test_more_stages_than_layers_are_refused(
+    make_model: Callable[..., tuple], make_checkpoint: Callable[..., Path], tokenizer_path: Path, tmp_path: Path
+) -> None:
+    class Three:
+        stage, stages = 0, 3
+
+    make_checkpoint(tmp_path, *make_model(), tokenizer_path)
+    pipe: Any = Three()
+    with pytest.raises(MegalmError, match=r"step-20 has 2 layers and cannot be cut into 3 .*: choose .* 2 or less"):
+        load_model(tmp_path, pipe=pipe)
