@@ -48,6 +48,7 @@ def change(**changes: object) -> Callable[[LayerList], None]:
 
 MISTAKES: dict[str, list[Callable[[LayerList], None]]] = {
     "llama": [change(rope_theta=5e3)],
+    "qwen2": [change(rope_theta=1e4)],
     "qwen3": [forget_head_norms],
     "gpt2": [move_positions],
     "gpt-neox": [change(rotary_fraction=1.0), one_after_the_other],
