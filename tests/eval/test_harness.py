@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
 from megalm.errors import MegalmError
+from megalm.eval import harness
 from megalm.eval.generate import Sampling, collect, generate
 from megalm.eval.harness import HarnessModel
 from megalm.eval.load import load_model
@@ -206,6 +208,15 @@ def test_the_command_over_a_checkpoint_and_over_an_export(
         (hellaswag / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = tmp_path / "hellaswag.json"
     options = ("--data", tmp_path / "data", "--limit", 3, "--output", result)
+    kept: dict[bool, TaskManager] = {}  # the harness reads 13,000 files to know its tasks: once will do
+
+    def known(include_path: list[str], include_defaults: bool) -> TaskManager:
+        assert not include_path
+        if include_defaults not in kept:
+            kept[include_defaults] = TaskManager(include_path=include_path, include_defaults=include_defaults)
+        return kept[include_defaults]
+
+    monkeypatch.setattr(harness, "TaskManager", known)
     evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", "hellaswag", *options)
     assert json.loads(result.read_text())["documents"]["hellaswag"]["effective"] == 3
     with pytest.raises(MegalmError, match=r"there is no task hellaswagg \(did you mean hellaswag\?\)"):
