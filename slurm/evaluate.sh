@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Evaluate a checkpoint with Slurm: one task per node, one rank per GPU (or $RANKS_PER_NODE of them).
 #
-#   sbatch --nodes 1 --gpus-per-node 8 slurm/evaluate.sh --checkpoint RUN [--tensor 2] --tasks hellaswag --data DIR ...
+#   sbatch --nodes 1 --gpus-per-node 8 slurm/evaluate.sh --checkpoint RUN [--tensor 2] [--pipeline 2] --tasks hellaswag --data DIR ...
 #
 # Takes the arguments of tools/evaluate_model.py. Partition, account and time limit go on sbatch's command line too.
 #SBATCH --job-name=megalm-evaluate
@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
 set -euo pipefail
-: "${1:?usage: sbatch [options] slurm/evaluate.sh --checkpoint RUN --tasks TASK ... [--data DIR] [--tensor N]}"
+: "${1:?usage: sbatch [options] slurm/evaluate.sh --checkpoint RUN --tasks TASK ... [--data DIR] [--tensor N] [--pipeline N]}"
 
 export MASTER_ADDR MASTER_PORT PYTHONPATH
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -1,6 +1,6 @@
 """Measure a model on tasks of the lm-evaluation-harness: its own, or task files over local data.
 
-On several ranks, which share the model's weights (--tensor) and the questions, under a launcher:
+On several ranks, which share the model's weights (--tensor, --pipeline) and the questions, under a launcher:
 torchrun --nproc-per-node 4 tools/evaluate_model.py --checkpoint RUN --tensor 2 --tasks ...
 """
 
@@ -21,8 +21,11 @@ def main() -> None:
     if given.batch_size < 1:
         raise MegalmError(f"batch size {given.batch_size} is not 1 or more: 16 is a usual one")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if given.hf and ranks > 1:
-        raise MegalmError("--hf is evaluated by one process: start it without a launcher, or name a --checkpoint")
+    if given.hf and (ranks, given.tensor, given.pipeline) != (1, 1, 1):
+        raise MegalmError(
+            "--hf is evaluated by one process: start it without a launcher and degrees, or name a --checkpoint",
+            echo=os.environ.get("RANK", "0") != "0",
+        )
     if given.data:
         if not given.data.is_dir():
             raise MegalmError(f"--data {given.data} is not a folder: name the one that holds the datasets")
@@ -46,7 +49,9 @@ def main() -> None:
             seed=given.seed,
         )
     if found is not None and (place is None or place.groups.rank == 0):
-        options = {name: getattr(given, name) for name in ("shots", "limit", "seed", "batch_size", "tensor")}
+        options = {
+            name: getattr(given, name) for name in ("shots", "limit", "seed", "batch_size", "tensor", "pipeline")
+        }
         kept, table = report(found, about | {"options": options, "seconds": round(time.time() - started, 1)})
         print(table)
         write(given, kept, found["samples"])
@@ -78,7 +83,8 @@ def arguments() -> argparse.Namespace:
     add("--samples", action="store_true", help="also write every question and answer, a .jsonl per task beside it")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as they were trained)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one")
-    add("--tensor", type=int, default=1, metavar="N", help="ranks that share the model's weights (default: 1)")
+    add("--tensor", type=int, default=1, metavar="N", help="ranks that share each layer's weights (default: 1)")
+    add("--pipeline", type=int, default=1, metavar="N", help="stages that share the layers, in memory (default: 1)")
     add("--tokenizer", metavar="PATH", help="where it is, if it moved since the run")
     return parser.parse_args()
 
@@ -99,11 +105,11 @@ def load_checkpoint(given: argparse.Namespace, ranks: int) -> tuple[Any, Any, di
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     place, where = None, dict[str, Any]()
-    if ranks > 1 or given.tensor > 1:
+    if ranks > 1 or (given.tensor, given.pipeline) != (1, 1):
         from megalm.parallel.inference import join
 
-        place = join(given.tensor, device)
-        device, where = place.device, {"layers": place.layers, "ranks": place.groups}
+        place = join(device, tensor=given.tensor, pipeline=given.pipeline)
+        device, where = place.device, {"layers": place.layers, "pipe": place.pipe, "ranks": place.groups}
     dtype = getattr(torch, given.dtype) if given.dtype else None
     model, config, tokenizer = load_model(
         given.checkpoint, device=device, dtype=dtype, tokenizer=given.tokenizer, **where
@@ -124,7 +130,11 @@ def load_checkpoint(given: argparse.Namespace, ranks: int) -> tuple[Any, Any, di
         },
         "tokenizer": tokenizer.fingerprint,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "layout": {"data": place.groups.data_size if place else 1, "tensor": given.tensor},
+        "layout": {
+            "pipeline": given.pipeline,
+            "data": place.groups.data_size if place else 1,
+            "tensor": given.tensor,
+        },
     }
     groups = place.groups if place else None
     return place, HarnessModel(model, config, tokenizer, batch_size=given.batch_size, ranks=groups), about

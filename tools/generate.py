@@ -1,7 +1,7 @@
 """Continue a text, or many, or talk, with a trained model.
 
-On several ranks, which share the model's weights, under a launcher:
-torchrun --nproc-per-node 2 tools/generate.py RUN --tensor 2 ...
+On several ranks, which share the model's weights (--tensor, --pipeline), under a launcher:
+torchrun --nproc-per-node 4 tools/generate.py RUN --tensor 2 --pipeline 2 ...
 """
 
 import argparse
@@ -30,10 +30,13 @@ def main() -> None:
     if given.chat and given.prompts:
         raise MegalmError("--chat holds one conversation: leave out --prompts, or --chat")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if given.tensor != ranks:
+    if min(given.tensor, given.pipeline) < 1:
+        raise MegalmError(f"--tensor {given.tensor} and --pipeline {given.pipeline} are 1 or more: 1 cuts nothing")
+    shared = given.tensor * given.pipeline
+    if shared != ranks:
         raise MegalmError(
-            f"--tensor {given.tensor} shares the weights between {given.tensor} ranks and {ranks} "
-            f"{'was' if ranks == 1 else 'were'} started: start it with torchrun --nproc-per-node {given.tensor}",
+            f"--tensor {given.tensor} x --pipeline {given.pipeline} shares the weights between {shared} ranks and "
+            f"{ranks} {'was' if ranks == 1 else 'were'} started: start it with torchrun --nproc-per-node {shared}",
             echo=os.environ.get("RANK", "0") != "0",
         )
     if ranks > 1 and not (given.prompt or given.prompts or given.chat):
@@ -57,8 +60,8 @@ def main() -> None:
     if ranks > 1:
         from megalm.parallel.inference import join
 
-        place = join(given.tensor, device)
-        device, where = place.device, {"layers": place.layers, "ranks": place.groups}
+        place = join(device, tensor=given.tensor, pipeline=given.pipeline)
+        device, where = place.device, {"layers": place.layers, "pipe": place.pipe, "ranks": place.groups}
     model, config, tokenizer = load_model(given.path, device=device, tokenizer=given.tokenizer, **where)
     say: Any = print if place is None or place.groups.rank == 0 else lambda *_, **__: None
     run = partial(
@@ -117,7 +120,8 @@ def arguments() -> argparse.Namespace:
     add("--greedy", action="store_true", help="always take the most likely token")
     add("--seed", type=int, default=0, metavar="N", help="the same seed, the same text (default: 0)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one")
-    add("--tensor", type=int, default=1, metavar="N", help="ranks that share the model's weights (default: 1)")
+    add("--tensor", type=int, default=1, metavar="N", help="ranks that share each layer's weights (default: 1)")
+    add("--pipeline", type=int, default=1, metavar="N", help="stages that share the layers, in memory (default: 1)")
     add("--tokenizer", metavar="PATH", help="where it is, if it moved since the run")
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
 """A model read for its logits: rows of ids in one pass, or token by token with what came before remembered.
 
-Rows need not be equally long: they are padded behind their ends, which no causal token sees. Under tensor parallelism
-every rank calls with the same rows and gets the whole vocabulary's logits.
+Rows need not be equally long: they are padded behind their ends, which no causal token sees. All ranks that share a
+model call with the same rows, and each gets the whole vocabulary's logits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from megalm.models.decoder import Head, LayerList
+from megalm.models.decoder import LayerList
 from megalm.nn.attention import Attention
 from megalm.nn.cache import KeyValueCache
 
@@ -20,7 +20,8 @@ Rows = Sequence[Sequence[int]]
 def hidden_states(model: LayerList, rows: Rows, starts: Sequence[int] | None = None) -> Tensor:
     """What the head sees, of rows of ids that stand at positions from 0 or from `starts`: [batch, seq, hidden].
 
-    seq is the longest row's length; behind a shorter row's end is padding.
+    seq is the longest row's length; behind a shorter row's end is padding. A pipeline stage without the head has values
+    of its own there, in whose place head_logits() takes the last stage's.
     """
     device = next(model.parameters()).device
     length = max(map(len, rows))
@@ -28,18 +29,13 @@ def hidden_states(model: LayerList, rows: Rows, starts: Sequence[int] | None = N
     positions = torch.arange(length, device=device).repeat(len(rows), 1)
     if starts is not None:
         positions = positions + torch.tensor(starts, device=device)[:, None]
-    stream: tuple[Tensor, ...] = (ids, torch.zeros_like(ids), positions, torch.zeros_like(ids[:, 0]))
-    *body, _ = model.children()
-    for layer in body:
-        stream = layer(stream)
-    return stream[0].view(*ids.shape, -1)
+    stream = (ids, torch.zeros_like(ids), positions, torch.zeros_like(ids[:, 0]))
+    return model.body(stream).view(*ids.shape, -1)
 
 
 def head_logits(model: LayerList, hidden: Tensor) -> Tensor:
     """Logits of the whole padded vocabulary: [tokens, hidden] -> [tokens, padded_vocab], fp32."""
-    *_, head = model.children()
-    assert isinstance(head, Head)
-    return head.layers.gather(head((hidden,))).float()
+    return model.logits(hidden).float()
 
 
 @torch.inference_mode()

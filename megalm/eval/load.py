@@ -1,4 +1,4 @@
-"""A trained model, whole or cut over tensor-parallel ranks, from what its run left behind."""
+"""A trained model, whole or cut over tensor-parallel ranks and pipeline stages, from what its run left behind."""
 
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from megalm.errors import MegalmError
 from megalm.layout import Layout, check_model
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import LayerList, build_model, decoder
+from megalm.models.stage import Pipe, Stage
 from megalm.nn.init import spec_of
 from megalm.nn.layers import Layers
 from megalm.tokenizer.base import Tokenizer
@@ -26,14 +27,16 @@ def load_model(
     dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
     layers: Layers | None = None,
+    pipe: Pipe | None = None,
     ranks: checkpoints.Ranks | None = None,
 ) -> tuple[LayerList, ModelConfig, Tokenizer]:
     """The model in eval mode, whatever layout wrote it; its config; and the tokenizer it was trained with.
 
     path: a run folder or RUN/checkpoints (their newest), or a checkpoint folder. dtype: of the weights; by default as
     they were saved. tokenizer: its path, where it has moved since the run. layers: what the model is built of; over
-    tensor-parallel ranks (parallel.inference) each reads and holds its slices only. ranks: all that load together. The
-    config has backends of this device.
+    tensor-parallel ranks (parallel.inference) each reads and holds its slices only. pipe: the pipeline whose stages
+    read and hold their layers only, if there is one. ranks: all that load together. The config has backends of this
+    device.
 
     Raises MegalmError if the checkpoint is missing, damaged (sizes of all files, checksums of the weights) or not of
     this version, if the tokenizer is not the model's, if the ranks cannot cut the model, or if there is no such device.
@@ -47,6 +50,12 @@ def load_model(
     mine = manifests.faults(folder, manifest, sorted(tensors.weight_files(manifest))[ranks.rank :: ranks.size])
     checkpoints.refuse_damaged(folder, sorted(fault for part in ranks.gather(mine) for fault in part))
     config = model_config(folder, manifest)
+    if pipe and config.num_layers < pipe.stages:
+        raise MegalmError(
+            f"the model of checkpoint {folder} has {config.num_layers} layers and cannot be cut into {pipe.stages} "
+            f"pipeline stages: choose a pipeline degree of {config.num_layers} or less",
+            echo=ranks.rank > 0,
+        )
     check_model(
         Layout(tensor=layers.tensor_size),
         num_attention_heads=config.num_attention_heads,
@@ -57,9 +66,11 @@ def load_model(
         stages=1,
     )
     loaded = _tokenizer(tokenizer or manifest.config["data"]["tokenizer"], config, manifest, folder)
-    with torch.device("meta"):  # nothing is allocated before device and dtype are known
-        model = build_model(decoder(config, layers, seed=0, segmented=False), seed=None)
-    cuts = {name: spec_of(parameter).shard_dim for name, parameter in model.named_weights().items()}
+    with torch.device("meta"):  # nothing is allocated before device, dtype and this rank's part are known
+        whole = build_model(decoder(config, layers, seed=0, segmented=False), seed=None)
+    cuts = {name: spec_of(parameter).shard_dim for name, parameter in whole.named_weights().items()}
+    _refuse_other_weights(whole, folder, manifest, cuts, layers)
+    model = Stage(whole, config, pipe) if pipe else whole
     if dtype is None:
         dtype = getattr(torch, next(iter(manifest.parameters.values()))["dtype"])
     model.to(dtype=dtype).to_empty(device=device)
@@ -114,14 +125,11 @@ def _tokenizer(path: str | Path, config: ModelConfig, manifest: Manifest, folder
     return tokenizer
 
 
-@torch.no_grad()
-def _fill(model: LayerList, folder: Path, manifest: Manifest, cuts: dict[str, int | None], layers: Layers) -> None:
-    """Copy a checkpoint's weights, or this rank's slices of them, into the model of its config.
-
-    cuts: name -> dimension along which tensor parallelism cuts a weight.
-    """
-    ours = model.named_weights()
-    shapes = {name: list(parameter.shape) for name, parameter in ours.items()}
+def _refuse_other_weights(
+    whole: LayerList, folder: Path, manifest: Manifest, cuts: dict[str, int | None], layers: Layers
+) -> None:
+    """Hold the names and shapes of all weights against the checkpoint's, whichever of them this rank will read."""
+    shapes = {name: list(parameter.shape) for name, parameter in whole.named_weights().items()}
     for name, dim in cuts.items():
         if dim is not None:
             shapes[name][dim] *= layers.tensor_size
@@ -132,8 +140,16 @@ def _fill(model: LayerList, folder: Path, manifest: Manifest, cuts: dict[str, in
             f"({theirs.get(different[0])} instead of {shapes.get(different[0])}): use the version of megalm that wrote "
             f"it, {manifest.versions.get('megalm', 'unknown')}"
         )
+
+
+@torch.no_grad()
+def _fill(model: LayerList, folder: Path, manifest: Manifest, cuts: dict[str, int | None], layers: Layers) -> None:
+    """Copy a checkpoint's weights, or this rank's slices of them, into the model of its config.
+
+    cuts: name -> dimension along which tensor parallelism cuts a weight.
+    """
     with tensors.Reader(folder, manifest) as reader:
-        for name, parameter in ours.items():
+        for name, parameter in model.named_weights().items():
             place = (cuts[name], layers.tensor_rank, layers.tensor_size) if cuts[name] is not None else (None, 0, 1)
             # rounded to the precision it was trained in first: the forward pass never saw the fp32 weight
             saved = reader.stretch(name, tensors.WEIGHT, *place, 0, parameter.numel())

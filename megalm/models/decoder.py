@@ -124,10 +124,11 @@ def decoder(
 
 def full_name(specs: Sequence[LayerSpec], name: str) -> str:
     """A parameter's name in the model from its name by layer index: `3.attention.query.weight` (with positions in a
-    layer of their own) -> `blocks.1.attention.query.weight`.
+    layer of their own) -> `blocks.1.attention.query.weight`. A tied head's weight has the name of the embedding's.
     """
     index, _, suffix = name.partition(".")
-    return f"{specs[int(index)].name}.{suffix}"
+    spec = specs[int(index)]
+    return f"{spec.name}.{suffix}" if spec.tied_to is None else f"{spec.tied_to}.table.{suffix}"
 
 
 class LayerList(nn.Module):
@@ -154,6 +155,19 @@ class LayerList(nn.Module):
             flowing = layer(flowing)
         assert isinstance(flowing, Tensor)
         return flowing
+
+    def body(self, stream: tuple[Tensor, ...]) -> Tensor:
+        """What the head sees: (tokens [batch, seq], segment_ids, positions, sample_ids) -> hidden states."""
+        for layer in self.children():
+            if not isinstance(layer, Head):
+                stream = layer(stream)
+        return stream[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the head says of it, of the whole vocabulary: hidden states -> [tokens, padded_vocab]."""
+        head = self.layer("head")
+        assert isinstance(head, Head)
+        return head.layers.gather(head((hidden,)))
 
     def layer(self, name: str) -> nn.Module:
         """The layer that its spec calls `name`."""

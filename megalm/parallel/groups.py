@@ -99,6 +99,11 @@ class Groups:
         return self.grid.get_data_parallel_group()
 
     @property
+    def pipeline_group(self) -> dist.ProcessGroup:
+        """The stages of one copy of the model: same data and tensor coordinates."""
+        return self.grid.get_pipe_parallel_group()
+
+    @property
     def model_group(self) -> dist.ProcessGroup:
         """Ranks that together hold one copy of the model: same data coordinate."""
         return self.grid.get_model_parallel_group()

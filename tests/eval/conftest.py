@@ -1,7 +1,7 @@
 """A small model, a tokenizer whose every id is a byte, and checkpoints of them; no engine needed."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megalm.nn.layers import Layers
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load
 from tests.checkpoint import writing
+from tests.distributed.ranks import Pool
 
 SIZES: dict[str, Any] = {
     "vocab_size": 257,
@@ -116,3 +117,22 @@ def save_checkpoint(
 @pytest.fixture(scope="session")
 def make_checkpoint() -> Callable[..., Path]:
     return save_checkpoint
+
+
+@pytest.fixture(scope="session")
+def on_four_ranks() -> Iterator[Callable[..., list[Any]]]:
+    """Runs a function of (*args) on four gloo ranks, the same ones for all tests; its results in rank order."""
+    pools: list[Pool] = []
+
+    def run(function: Callable[..., Any], *args: Any) -> list[Any]:
+        if not (pools and pools[-1].usable):
+            close()
+            pools.append(Pool(4))
+        return pools[-1].run(function, *args)
+
+    def close() -> None:
+        for pool in pools:
+            pool.close()
+
+    yield run
+    close()

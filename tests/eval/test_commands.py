@@ -29,6 +29,20 @@ def command(name: str, *arguments: object, given: bytes = b"", cwd: Path = REPOS
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
+def here(
+    main: Callable[[], object],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    *arguments: object,
+    given: str = "",
+) -> str:
+    """What a command's main() prints, in this process: starting one takes seconds."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+    main()
+    return capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def run(
     tmp_path_factory: pytest.TempPathFactory,
@@ -46,40 +60,34 @@ def run(
     return folder
 
 
-def test_generate_prints_the_prompt_and_goes_on(run: Path) -> None:
+def test_generate_prints_the_prompt_and_goes_on(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tools.generate import main
+
     prompt = "naïve 语言\n"
     code, out, err = command("generate", run, "--prompt", prompt, "--max-new-tokens", 30, "--top-k", 40, "--seed", 3)
     assert (code, err) == (0, "")
     assert out.startswith(prompt) and len(out) > len(prompt) + 5
     # from standard input, whose last line ends there; the same seed
-    again = command("generate", run, "--max-new-tokens", 30, "--top-k", 40, "--seed", 3, given=f"{prompt}\n".encode())
-    assert again == (0, out, "")
+    options = ["--max-new-tokens", 30, "--top-k", 40, "--seed", 3]
+    assert here(main, capsys, monkeypatch, run, *options, given=f"{prompt}\n") == out
 
 
-def test_generate_says_what_it_leaves_out_and_what_is_wrong(run: Path, tmp_path: Path) -> None:
-    long = "x" * 100
-    code, out, err = command("generate", run, "--prompt", long, "--max-new-tokens", 1, "--greedy")
-    assert code == 0 and out.startswith(long)
+def test_generate_says_what_it_leaves_out_and_what_is_wrong(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tools.generate import main
+
+    monkeypatch.setattr(sys, "argv", ["generate", str(run), "--prompt", "x" * 100, "--max-new-tokens", "1", "--greedy"])
+    main()
+    out, err = capsys.readouterr()
+    assert out.startswith("x" * 100)
     assert err == "note: the model sees the last 64 of the prompt's 100 tokens\n"
-    code, out, err = command("generate", tmp_path / "nowhere", "--prompt", "x")
-    assert (code, out) == (2, "")
-    assert err == f"error: {tmp_path}/nowhere does not exist: name a run folder or RUN/checkpoints/step-N\n"
+    with pytest.raises(MegalmError, match=r"nowhere does not exist: name a run folder or RUN/checkpoints/step-N$"):
+        here(main, capsys, monkeypatch, tmp_path / "nowhere", "--prompt", "x")
     code, out, err = command("generate", run, given=b"\xff")
     assert (code, out, err) == (2, "", "error: the prompt on standard input is not UTF-8 text (at byte 0)\n")
-
-
-def here(
-    main: Callable[[], object],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    *arguments: object,
-    given: str = "",
-) -> str:
-    """What a command's main() prints, in this process: starting one takes seconds."""
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(given))
-    main()
-    return capsys.readouterr().out
 
 
 def test_generate_many_and_stop(
@@ -103,6 +111,10 @@ def test_generate_many_and_stop(
         here(main, capsys, monkeypatch, run, "--prompts", lines)
     with pytest.raises(MegalmError, match=r"start it with torchrun --nproc-per-node 2"):
         here(main, capsys, monkeypatch, run, "--prompt", "x", "--tensor", 2)
+    with pytest.raises(MegalmError, match=r"--tensor 2 x --pipeline 3 .* 6 ranks and 1 was started: .* 6$"):
+        here(main, capsys, monkeypatch, run, "--prompt", "x", "--tensor", 2, "--pipeline", 3)
+    with pytest.raises(MegalmError, match=r"--tensor 1 and --pipeline 0 are 1 or more"):
+        here(main, capsys, monkeypatch, run, "--prompt", "x", "--pipeline", 0)
     with pytest.raises(MegalmError, match=r"neither a chat template nor ChatML's control tokens"):
         here(main, capsys, monkeypatch, run, "--chat", "--prompt", "x")
 
@@ -149,7 +161,11 @@ def test_show_checkpoint_names_what_is_damaged(
     make_model: Callable[..., tuple],
     make_checkpoint: Callable[..., Path],
     tokenizer_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from tools.show_checkpoint import main
+
     for step in (10, 20):
         folder = make_checkpoint(tmp_path / "checkpoints", *make_model(), tokenizer_path, step=step)
     weights, other = "weights-rank-00000.safetensors", "moments-rank-00000.safetensors"
@@ -157,17 +173,19 @@ def test_show_checkpoint_names_what_is_damaged(
     content = (folder / other).read_bytes()
     (folder / other).write_bytes(content[:-1] + b"!")
     # sizes are always compared, contents with --verify
-    code, out, err = command("show_checkpoint", folder)
-    assert code == 2 and f"DAMAGED      {weights} is missing" in out and other not in out
-    assert err == (
-        f"error: checkpoint {folder} is damaged: {weights} is missing; use {tmp_path}/checkpoints/step-10 instead\n"
+    with pytest.raises(MegalmError) as damaged:
+        here(main, capsys, monkeypatch, folder)
+    out = capsys.readouterr().out
+    assert f"DAMAGED      {weights} is missing" in out and other not in out
+    assert str(damaged.value) == (
+        f"checkpoint {folder} is damaged: {weights} is missing; use {tmp_path}/checkpoints/step-10 instead"
     )
     code, out, err = command("show_checkpoint", tmp_path, "--verify", "--tensors")
     assert code == 2 and f"DAMAGED {weights} is missing" in out and f"DAMAGED {other} was altered" in out
     assert "(and 1 more fault)" in err
     (folder / manifests.NAME).write_text("{")
-    code, out, err = command("show_checkpoint", tmp_path)
-    assert code == 2 and "manifest.json cannot be read" in err
+    with pytest.raises(MegalmError, match=r"manifest.json cannot be read"):
+        here(main, capsys, monkeypatch, tmp_path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGPIPE")

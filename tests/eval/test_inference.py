@@ -5,24 +5,18 @@ Each comparison is repeated with something planted that is wrong, which it must 
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from megalm.eval import inference
-from megalm.eval.generate import Sampling, collect, generate
 from megalm.eval.inference import Reading, next_logits
-from megalm.eval.load import load_model
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import LayerList
 from megalm.nn.cache import KeyValueCache
 from megalm.nn.config import RopeScaling
 from megalm.nn.kernels import Mask
-from megalm.tokenizer.base import Tokenizer
-from tests.distributed.ranks import run_ranks
 
 MakeModel = Callable[..., tuple[LayerList, ModelConfig]]
 
@@ -46,7 +40,6 @@ CASES: dict[str, dict[str, Any]] = {
     "no positions": {"position": "none"},
     "gpt2": GPT2 | BIASES | {"tie_word_embeddings": True},
 }
-CUT = ["grouped", "all heads", "one key head", "normed heads", "window", "alibi", "gpt2"]
 
 
 def rows() -> tuple[list[list[int]], list[list[int]]]:
@@ -174,56 +167,3 @@ def test_a_generation_of_bf16_weights_is_near(make_model: MakeModel) -> None:
     model, _ = make_model()
     model.to(torch.bfloat16)
     assert difference(remembered(model), alone(model)) < 0.3 < 0.1 * alone(model)[..., :257].abs().max()
-
-
-def on_ranks(checkpoints: list[Path]) -> list[tuple[np.ndarray, list[str], int]]:
-    """Logits and texts of this rank, and how many of a model's numbers it holds."""
-    from megalm.parallel.inference import join
-
-    place = join(2, "cpu")
-    found = []
-    for checkpoint in checkpoints:
-        model, config, tokenizer = load_model(checkpoint, layers=place.layers, ranks=place.groups)
-        texts = written(model, config, tokenizer)
-        # as an array: a tensor would be fetched from this process, which may be gone by then
-        found.append(
-            (remembered(model).numpy(), texts, sum(weight.numel() for weight in model.named_weights().values()))
-        )
-    place.leave()
-    return found
-
-
-def held(model: LayerList) -> int:
-    return sum(weight.numel() for weight in model.named_weights().values())
-
-
-def written(model: LayerList, config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
-    sampling = Sampling(0.9, top_k=50, min_p=0.01, repetition_penalty=1.1)
-    prompts = rows()[0]
-    greedy = collect(generate(model, config, tokenizer, prompts, sampling=Sampling(0), max_new_tokens=12), 4)
-    return greedy + collect(generate(model, config, tokenizer, prompts, sampling=sampling, max_new_tokens=12), 4)
-
-
-def test_tensor_parallel_ranks_say_the_same(
-    make_model: MakeModel,
-    make_checkpoint: Callable[..., Path],
-    tokenizer_path: Path,
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-) -> None:
-    models = {case: make_model(**CASES[case]) for case in CUT}
-    folders = [
-        make_checkpoint(tmp_path / str(number), *built, tokenizer_path, tensor=1 + number % 2)
-        for number, built in enumerate(models.values())
-    ]
-    results = run_ranks(2, on_ranks, folders)
-    for case, *ranks in zip(CUT, *results, strict=True):
-        model, config = models[case]
-        expected = alone(model)
-        for logits, texts, numbers in ranks:
-            assert difference(torch.from_numpy(logits), expected) < 1e-5, case
-            assert texts == written(model, config, tokenizer), case
-            assert numbers < 0.65 * held(model)
-        assert np.array_equal(ranks[0][0], ranks[1][0]), "ranks that differ by a bit may choose different tokens"
-        other = make_model(**CASES[case] | {"norm_eps": 1e-3})[0]  # negative control
-        assert difference(torch.from_numpy(ranks[0][0]), alone(other)) > 1e-4
