@@ -130,7 +130,9 @@ def both(
     tokenizer = make_tokenizer(folder / "tokenizer")
     model = make_model(max_position_embeddings=512)
     checkpoint = make_checkpoint(folder / "run" / "checkpoints", *model, tokenizer)
-    llama(*model).save_pretrained(folder / "export")
+    exported = llama(*model)
+    exported.generation_config.eos_token_id = 256  # as megalm's export has it
+    exported.save_pretrained(folder / "export")
     transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer / "tokenizer.json"), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     ).save_pretrained(folder / "export")
@@ -240,7 +242,7 @@ def test_groups_of_subjects(tmp_path: Path) -> None:
         assert kept["groups"][group]["acc,none"] == pytest.approx(right[group] / asked[group])
         assert 0 < kept["groups"][group]["acc_stderr,none"] < 0.1
         assert len(kept["task_hashes"][group]) == len(kept["task_hashes"]["mmlu_anatomy"])
-        (line,) = (line for line in table.splitlines() if line.split()[:3] == [group, "0", "acc"])
+        (line,) = (line for line in table.splitlines() if line.split()[0] == group and " acc " in line)
         assert kept["task_hashes"][group][:8] in line
     assert "mmlu_stem" in kept["groups"] and kept["task_hashes"]["mmlu_stem"] != kept["task_hashes"]["mmlu"]
     assert "fingerprint 01234567; lm-evaluation-harness " in table.splitlines()[-1]
