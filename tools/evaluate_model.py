@@ -21,11 +21,13 @@ def main() -> None:
     if given.batch_size < 1:
         raise MegalmError(f"batch size {given.batch_size} is not 1 or more: 16 is a usual one")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if given.hf and (ranks, given.tensor, given.pipeline) != (1, 1, 1):
+    if given.hf and (given.tensor, given.pipeline) != (1, 1):
         raise MegalmError(
-            "--hf is evaluated by one process: start it without a launcher and degrees, or name a --checkpoint",
+            "--tensor and --pipeline cut a --checkpoint, and every rank holds all of an --hf model: leave them out",
             echo=os.environ.get("RANK", "0") != "0",
         )
+    if given.fewshot_as_multiturn and not given.apply_chat_template:
+        raise MegalmError("--fewshot-as-multiturn makes turns of a chat of the examples: add --apply-chat-template")
     if given.data:
         if not given.data.is_dir():
             raise MegalmError(f"--data {given.data} is not a folder: name the one that holds the datasets")
@@ -33,7 +35,7 @@ def main() -> None:
     started = time.time()
     silent = redirect_stdout(sys.stderr)  # libraries talk; the table alone goes to standard output
     with silent:
-        place, model, about = load_hugging_face(given) if given.hf else load_checkpoint(given, ranks)
+        place, model, about = load_hugging_face(given, ranks) if given.hf else load_checkpoint(given, ranks)
         try:
             from megalm.eval.harness import report, run_tasks
         except ImportError as error:
@@ -47,11 +49,13 @@ def main() -> None:
             limit=given.limit,
             bootstrap=given.bootstrap,
             seed=given.seed,
+            chat=given.apply_chat_template,
+            system=given.system,
+            multiturn=given.apply_chat_template and given.fewshot_as_multiturn is not False,
         )
     if found is not None and (place is None or place.groups.rank == 0):
-        options = {
-            name: getattr(given, name) for name in ("shots", "limit", "seed", "batch_size", "tensor", "pipeline")
-        }
+        names = ("shots", "limit", "seed", "batch_size", "tensor", "pipeline", "apply_chat_template", "system")
+        options = {name: getattr(given, name) for name in (*names, "fewshot_as_multiturn")}
         kept, table = report(found, about | {"options": options, "seconds": round(time.time() - started, 1)})
         print(table)
         write(given, kept, found["samples"])
@@ -75,6 +79,13 @@ def arguments() -> argparse.Namespace:
         help="read datasets from here, offline: DIR/NAME-ON-THE-HUB, and paths in task files (default: as they are)",
     )
     add("--shots", type=int, metavar="N", help="examples before each question (default: as the task says)")
+    add("--apply-chat-template", action="store_true", help="ask in a chat, by the template beside the tokenizer")
+    add("--system", metavar="TEXT", help="what stands before each question, in a chat as its system message")
+    add(
+        "--fewshot-as-multiturn",
+        action=argparse.BooleanOptionalAction,
+        help="examples are turns of the chat, not text before the question (default: yes in a chat)",
+    )
     add("--limit", type=int, metavar="N", help="only the first N documents of each task, for a trial")
     add("--batch-size", type=int, default=16, metavar="N", help="rows in one pass (default: %(default)s)")
     add("--bootstrap", type=int, default=1000, metavar="N", help="draws for standard errors (default: %(default)s)")
@@ -136,16 +147,25 @@ def load_checkpoint(given: argparse.Namespace, ranks: int) -> tuple[Any, Any, di
             "tensor": given.tensor,
         },
     }
+    chat = None
+    if given.apply_chat_template:
+        from megalm.eval.load import tokenizer_path
+        from megalm.tokenizer.chat import Chat, read_template
+
+        chat = Chat(tokenizer, read_template(given.tokenizer or tokenizer_path(given.checkpoint)))
     groups = place.groups if place else None
-    return place, HarnessModel(model, config, tokenizer, batch_size=given.batch_size, ranks=groups), about
+    return place, HarnessModel(model, config, tokenizer, batch_size=given.batch_size, ranks=groups, chat=chat), about
 
 
-def load_hugging_face(given: argparse.Namespace) -> tuple[None, Any, dict[str, Any]]:
-    """The same of a folder that transformers reads, through the harness's own adapter."""
+def load_hugging_face(given: argparse.Namespace, ranks: int) -> tuple[Any, Any, dict[str, Any]]:
+    """The same of a folder that transformers reads, through the harness's own adapter, a copy on every rank."""
     if not (given.hf / "config.json").is_file():
         raise MegalmError(f"{given.hf} is not the folder of a Hugging Face model: it has no config.json")
     try:
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.utils import hash_string
+
+        from megalm.eval.harness import Copies
     except ImportError as error:
         raise lacking(error) from None
     import torch
@@ -155,7 +175,12 @@ def load_hugging_face(given: argparse.Namespace) -> tuple[None, Any, dict[str, A
     device = given.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = HFLM(
+    place = None
+    if ranks > 1:
+        from megalm.parallel.inference import join
+
+        place = join(device)  # HFLM finds these ranks, and takes the rank's own device
+    model: Any = HFLM(
         pretrained=str(given.hf.resolve()),
         tokenizer=given.tokenizer,
         dtype=given.dtype or "auto",
@@ -165,7 +190,14 @@ def load_hugging_face(given: argparse.Namespace) -> tuple[None, Any, dict[str, A
     given.output = given.output or given.hf / "evaluation.json"
     weights = sorted(path for path in given.hf.iterdir() if path.suffix in (".safetensors", ".bin"))
     files = {path.name: checksum(path) for path in [given.hf / "config.json", *weights]}
-    return None, model, {"checkpoint": {"path": str(given.hf), "fingerprint": files}}
+    about = {
+        "checkpoint": {"path": str(given.hf), "fingerprint": hash_string(json.dumps(files)), "files": files},
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "layout": {"data": ranks, "tensor": 1},
+    }
+    if given.apply_chat_template and model.tokenizer.chat_template is None:
+        raise MegalmError(f"{given.hf} has no chat template: put chat_template.jinja there, or ask without a chat")
+    return place, Copies(model, place.groups) if place else model, about
 
 
 def write(given: argparse.Namespace, kept: dict[str, Any], samples: dict[str, list[Any]]) -> None:

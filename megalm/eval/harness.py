@@ -6,9 +6,9 @@ requests again to fill up its share.
 """
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import chdir
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,17 +17,19 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, hash_string, make_disjoint_window
 from tqdm import tqdm
 
 from megalm.errors import MegalmError
 from megalm.eval.generate import Sampling, collect, generate
 from megalm.eval.scoring import score
+from megalm.eval.tasks import load_tasks
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import LayerList
 from megalm.tokenizer.base import Tokenizer
+from megalm.tokenizer.chat import Chat
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -71,8 +73,10 @@ class HarnessModel(TemplateLM):
         ranks: Ranks | None = None,
         max_new_tokens: int = 256,
         seed: int = 0,
+        chat: Chat | None = None,
     ) -> None:
-        """batch_size: rows in one pass. max_new_tokens: where a task does not say. seed: of sampled generations."""
+        """batch_size: rows in one pass. max_new_tokens: where a task does not say. seed: of sampled generations. chat:
+        what writes requests, if run_tasks() is told to apply a chat template."""
         super().__init__()
         self._model = model
         self._config = config
@@ -81,6 +85,8 @@ class HarnessModel(TemplateLM):
         self._ranks = ranks or Alone()
         self._max_new_tokens = max_new_tokens
         self._seed = seed
+        self._chat = chat
+        self._left_out = False  # system messages
         self._device = next(model.parameters()).device
 
     @property
@@ -97,10 +103,41 @@ class HarnessModel(TemplateLM):
         return self._text.eos_id if self._text.bos_id is None else self._text.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """A text's ids, behind what begins documents unless add_special_tokens is False."""
+        """A text's ids, behind what begins documents unless add_special_tokens is False. A chat begins as its template
+        says, as it does when the model is tuned and when it answers."""
+        if self._chat and add_special_tokens is None:
+            return self._chat.ids(string)
         bos = self._text.bos_id
         begins = [] if add_special_tokens is False or bos in (None, self._text.eos_id) else [bos]
         return [*begins, *self._text.encode(string)]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the model reads it, up to where its answer begins, or has begun with the last message.
+
+        As Hugging Face's adapter has it, system messages are left out, with a warning, where the template has no place
+        for them. Raises MegalmError for what the template refuses.
+        """
+        assert self._chat, "a chat template is applied by a model that was given one"
+        options = {"reply": add_generation_prompt, "unfinished": not add_generation_prompt}
+        try:
+            return self._chat.render(chat_history, **options)
+        except MegalmError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            if not self._left_out:
+                logger.warning("the chat template refuses system messages: they are left out")
+            self._left_out = True
+            return self._chat.render(others, **options)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that apply_chat_template follows, for the harness's records."""
+        return self._chat.template if self._chat and chat_template else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's cache of requests, which depend on it."""
+        return self._text.fingerprint
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -184,6 +221,9 @@ class HarnessModel(TemplateLM):
             )
         if not sampled:
             options["temperature"] = 0.0
+        # control tokens never come out as text, which may be searched for others
+        controls = self._text.special_tokens
+        ends = {controls[each] for each in stop if each in controls} | (self._chat.ends if self._chat else set())
         sampling = Sampling(**options)
 
         def run(batch: Sequence[tuple[int, ...]]) -> list[str]:
@@ -195,6 +235,7 @@ class HarnessModel(TemplateLM):
                 max_new_tokens=most,
                 sampling=sampling,
                 stop=stop,
+                ends=ends,
                 seed=self._seed,
             )
             return collect(pieces, len(batch))
@@ -224,6 +265,45 @@ class HarnessModel(TemplateLM):
         return [everyone[item] for item in items]
 
 
+class Copies(LM):
+    """A model of the harness that every rank has a copy of: each answers its share of the requests.
+
+    The harness could share out the documents instead, but then needs as many of each task as there are ranks, answers
+    some twice, and returns them in another order.
+    """
+
+    def __init__(self, model: LM, ranks: Ranks) -> None:
+        super().__init__()
+        self._model = model
+        self._ranks = ranks
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        return self._shared("loglikelihood", requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        return self._shared("loglikelihood_rolling", requests)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        return self._shared("generate_until", requests)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self._model.apply_chat_template(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self._model.chat_template(chat_template)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._model.tokenizer_name
+
+    def _shared(self, what: str, requests: list[Instance]) -> list[Any]:
+        rank, size = self._ranks.data_rank, self._ranks.data_size
+        # neighbours are the choices of one question: they stay together, and their context is read once
+        start, stop = len(requests) * rank // size, len(requests) * (rank + 1) // size
+        mine = getattr(self._model, what)(requests[start:stop]) if stop > start else []
+        return [answer for part in self._ranks.gather(mine) for answer in part]
+
+
 def run_tasks(
     model: LM,
     tasks: Sequence[str],
@@ -234,33 +314,25 @@ def run_tasks(
     limit: int | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
+    chat: bool = False,
+    system: str | None = None,
+    multiturn: bool = True,
 ) -> dict[str, Any] | None:
     """The harness's results of tasks: names that it or a folder of `include` knows, or task files (.yaml).
 
     data: the folder that paths in task files and the Hub's names of datasets are relative to; by default the current
     one. shots: examples before each question, where not as the task says. limit: documents of each task, its first
-    ones. bootstrap: draws for the standard error of what is no mean, such as perplexity. Every rank calls it; ranks
-    that are not the first of their machine get None.
+    ones. bootstrap: draws for the standard error of what is no mean, such as perplexity. chat: questions are
+    written as the model's chat template says. system: what stands before each. multiturn: in a chat, examples are turns
+    of their own, not text before the question. Every rank calls it; ranks that are not the first of their machine get
+    None.
 
     Raises MegalmError for a task that is not known or whose data cannot be read.
     """
     named = [str(Path(task).resolve()) if task.endswith((".yaml", ".yml")) else task for task in tasks]
-    folders = [str(folder.resolve()) for folder in include]
+    folders = [folder.resolve() for folder in include]
     with chdir(data or Path.cwd()):
-        # the harness's own tasks are thousands of files: they are looked through where one of them may be meant
-        manager = TaskManager(include_path=folders, include_defaults=not all(Path(task).is_file() for task in named))
-        for given, task in zip(tasks, named):
-            if task not in manager.task_index and not Path(task).is_file():
-                near = get_close_matches(task, manager.all_tasks, n=1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
-                raise MegalmError(f"there is no task {given}{hint}: name a task file, or add its folder with --include")
-        try:
-            ready = list(manager.load(named)["tasks"].values())
-        except (OSError, ValueError, KeyError) as error:
-            raise MegalmError(
-                f"the data of {', '.join(tasks)} cannot be read ({' '.join(str(error).split())[:300]}): see "
-                "docs/evaluation.md for where local files are expected, and --data"
-            ) from None
+        manager, ready = load_tasks(named, folders)
         return simple_evaluate(
             model=model,
             tasks=ready,
@@ -272,6 +344,9 @@ def run_tasks(
             numpy_random_seed=seed,
             torch_random_seed=seed,
             fewshot_random_seed=seed,
+            apply_chat_template=chat,
+            system_instruction=system,
+            fewshot_as_multiturn=multiturn,
         )
 
 
@@ -284,24 +359,39 @@ def report(found: dict[str, Any], about: dict[str, Any]) -> tuple[dict[str, Any]
         task: hash_string("".join(each["doc_hash"] + each["prompt_hash"] + each["target_hash"] for each in samples))
         for task, samples in found["samples"].items()
     }
+    groups = found.get("groups") or {}
+    members = found.get("group_subtasks") or {}
+    for group in groups:
+        hashes[group] = hash_string("".join(hashes[task] for task in _leaves(group, members) if task in hashes))
     kept = {
         **about,
         "harness": {"name": "lm-evaluation-harness", "version": version("lm_eval")},
         "results": found["results"],
-        "groups": found.get("groups", {}),
+        "groups": groups,
         "task_hashes": hashes,
         "task_versions": found["versions"],
         "shots": found["n-shot"],
         "documents": found["n-samples"],
         "higher_is_better": found["higher_is_better"],
     }
-    return json.loads(json.dumps(kept, default=str)), _table(found)
+    fingerprint = about["checkpoint"]["fingerprint"]
+    lines = [
+        _table(found, hashes),
+        f"checkpoint {about['checkpoint']['path']}, fingerprint {fingerprint[:8]}; lm-evaluation-harness "
+        f"{kept['harness']['version']}",
+    ]
+    return json.loads(json.dumps(kept, default=str)), "\n".join(lines)
 
 
-def _table(found: dict[str, Any]) -> str:
-    """A row per task and metric; groups, which are means over tasks, come last."""
-    rows = [["task", "shots", "metric", "", "value", "standard error"]]
-    groups = found.get("groups", {})
+def _leaves(name: str, members: dict[str, list[str]]) -> list[str]:
+    """The tasks of a group, or of a group in it, by name; of a task, itself."""
+    return sorted(leaf for each in members[name] for leaf in _leaves(each, members)) if members.get(name) else [name]
+
+
+def _table(found: dict[str, Any], hashes: dict[str, str]) -> str:
+    """A row per task and metric, with the beginning of its hash; groups, which are means over tasks, come last."""
+    rows = [["task", "shots", "metric", "", "value", "standard error", "questions"]]
+    groups = found.get("groups") or {}
     for task, metrics in [*(each for each in found["results"].items() if each[0] not in groups), *groups.items()]:
         for name, value in metrics.items():
             metric, _, filtered = name.partition(",")
@@ -317,11 +407,15 @@ def _table(found: dict[str, Any]) -> str:
                     {True: "↑", False: "↓"}.get(higher, ""),
                     f"{value:.4f}" if isinstance(value, float) else str(value),
                     f"{error:.4f}" if isinstance(error, float) else "-",
+                    hashes.get(task, "-")[:8],
                 ]
             )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     words = [
-        [text.rjust(width) if place > 3 else text.ljust(width) for place, (text, width) in enumerate(zip(row, widths))]
+        [
+            text.rjust(width) if 3 < place < 6 else text.ljust(width)
+            for place, (text, width) in enumerate(zip(row, widths))
+        ]
         for row in rows
     ]
     return "\n".join("  ".join(row).rstrip() for row in words)

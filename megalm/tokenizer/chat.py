@@ -6,7 +6,7 @@ writes between messages may be control tokens; what is inside messages never is,
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -24,6 +24,9 @@ CHATML = """{% for message in messages -%}
 
 Message = Mapping[str, str]
 """role: system, user or assistant; content: text."""
+
+MARK, END = "\ufdd0", "\ufdd1 "
+"""Not characters, and so in no text: behind the first letter of a typed control token, and where a message stops."""
 
 
 def read_template(path: str | Path) -> str | None:
@@ -56,13 +59,17 @@ class Chat:
         if template is None and not {"<|im_start|>", "<|im_end|>"} <= tokenizer.special_tokens.keys():
             raise MegalmError(
                 "the tokenizer has neither a chat template nor ChatML's control tokens <|im_start|> and <|im_end|>: "
-                "put chat_template.jinja beside it, or let the model continue a text (without --chat)"
+                "put chat_template.jinja beside it, or let the model continue a text (without a chat)"
             )
+        self.template = CHATML if template is None else template
+        self._names = {token: i for token, i in tokenizer.special_tokens.items() if token}
+        self._control = _any_of(self._names)
+        self._typed = _any_of(map(_broken, self._names))
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.globals["raise_exception"] = _refuse
         environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
         try:
-            self._template = environment.from_string(CHATML if template is None else template)
+            self._template = environment.from_string(self.template)
         except TemplateError as error:
             raise MegalmError(f"the chat template is not Jinja ({error}): correct it, or remove it") from None
 
@@ -71,35 +78,47 @@ class Chat:
 
         Raises MegalmError for what the template refuses (roles out of order, say).
         """
-        names = {token: i for token, i in self.tokenizer.special_tokens.items() if token}
-        control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
-        # A control token that was typed is broken up by a character that nobody typed, and made whole after the split.
-        typed = "".join(message["content"] for message in messages)
-        mark = next(chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in typed)
-        broken = [
-            {**message, "content": control.sub(lambda match: match[0][0] + mark + match[0][1:], message["content"])}
-            for message in messages
-        ]
+        return self.ids(self.render(messages, reply=reply))
+
+    def render(self, messages: Sequence[Message], *, reply: bool = True, unfinished: bool = False) -> str:
+        """A conversation as text for ids(), where control tokens that were typed are broken up by an invisible mark.
+
+        reply: as of encode(). unfinished: up to where the last message, which is to be continued, has come.
+
+        Raises MegalmError for what the template refuses (roles out of order, say).
+        """
+        contents = [self._control.sub(lambda match: _broken(match[0]), message["content"]) for message in messages]
+        if unfinished:
+            contents[-1] += END
         specials = {"bos_token": self.tokenizer.bos_id, "eos_token": self.tokenizer.eos_id}
-        by_id = {i: token for token, i in names.items()}
+        by_id = {i: token for token, i in self._names.items()}
         try:
             text = self._template.render(
-                messages=broken,
-                add_generation_prompt=reply,
+                messages=[{**message, "content": content} for message, content in zip(messages, contents)],
+                add_generation_prompt=reply and not unfinished,
                 **{name: by_id.get(i, "") if i is not None else "" for name, i in specials.items()},
             )
         except (TemplateError, TypeError) as error:
             raise MegalmError(f"the chat template refuses these messages ({error}): change their roles") from None
+        if unfinished:
+            text, _, behind = text.rpartition(END.strip())
+            if not behind.startswith(" "):  # the template trims messages
+                text = text.rstrip()
+        return text
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of what render() gave, and of what was written behind it."""
         ids: list[int] = []
         start = 0
-        for match in control.finditer(text):
-            ids += self._text(text[start : match.start()], mark)
-            ids.append(names[match[0]])
+        for match in self._control.finditer(text):
+            ids += self._text(text[start : match.start()])
+            ids.append(self._names[match[0]])
             start = match.end()
-        return ids + self._text(text[start:], mark)
+        return ids + self._text(text[start:])
 
-    def _text(self, text: str, mark: str) -> list[int]:
-        return self.tokenizer.encode(text.replace(mark, "")) if text else []
+    def _text(self, text: str) -> list[int]:
+        whole = self._typed.sub(lambda match: match[0].replace(MARK, "", 1), text)
+        return self.tokenizer.encode(whole) if whole else []
 
     @property
     def ends(self) -> set[int]:
@@ -109,6 +128,14 @@ class Chat:
         behind = self.encode([said[0], {"role": "assistant", "content": "a"}], reply=False)[len(before) :]
         controls = set(self.tokenizer.special_tokens.values())
         return set([i for i in behind if i in controls][:1])
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def _broken(control: str) -> str:
+    return control[0] + MARK + control[1:]
 
 
 def _refuse(message: str) -> None:

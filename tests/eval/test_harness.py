@@ -166,7 +166,7 @@ def test_the_command_over_a_checkpoint_and_over_an_export(
     evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", *TASKS, "--samples", "--batch-size", 4)
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
-    assert lines[0] == ["task", "shots", "metric", "value", "standard", "error"]
+    assert lines[0] == ["task", "shots", "metric", "value", "standard", "error", "questions"]
     assert [line[:4] for line in lines if "acc" in line] == [["local_multiple_choice", "0", "acc", "↑"]]
     output = checkpoint.parent.parent / "evaluation" / "step-20.json"
     ours = json.loads(output.read_text())
@@ -223,5 +223,5 @@ def test_the_command_over_a_checkpoint_and_over_an_export(
         evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", "hellaswagg", *options)
     lost = tmp_path / "lost.yaml"
     lost.write_text(TASKS[0].read_text().replace("configs/eval/data/", "nowhere/"))
-    with pytest.raises(MegalmError, match=r"the data of .*lost.yaml cannot be read \(Unable to find"):
+    with pytest.raises(MegalmError, match=r"the data of local_multiple_choice cannot be read \(.*Unable to find"):
         evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", lost, *options)
