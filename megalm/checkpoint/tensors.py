@@ -244,7 +244,8 @@ class Reader:
         path = self._folder / file_name(rank, kind)
         if path not in self._files:
             try:
-                self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+                # read, not mapped: a map of the file counts as memory of the process where that is limited
+                self._files[path] = self._stack.enter_context(safe_open(path, framework="pt", backend="pread"))
             except (OSError, SafetensorError) as error:
                 raise MegalmError(
                     f"{path} cannot be read ({error}): the checkpoint is damaged, choose another one of the run"

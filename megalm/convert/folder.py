@@ -83,7 +83,8 @@ class Weights:
         if file not in self._files:
             path = self.folder / file
             try:
-                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
+                # read, not mapped: a map of the file counts as memory of the process where that is limited
+                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt", backend="pread"))
             except (OSError, SafetensorError) as error:
                 raise MegalmError(f"{path} cannot be read ({error}): copy the folder again") from None
         return self._files[file]
@@ -109,6 +110,10 @@ class Weights:
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Its rows first..last, as they are kept."""
         return self._slice(name)[first:last]
+
+    def whole(self, name: str) -> Tensor:
+        """All of it, fp32."""
+        return self.rows(name, 0, self.shape(name)[0]).float()
 
 
 # ---- writing ----
