@@ -163,8 +163,8 @@ def _without_weights(transformers: Any, weights: Weights) -> tuple[nn.Module, di
             )
     kept = {}
     for name, parameter in model.named_parameters():
-        # a version that makes a parameter of several tensors needs to be told here which
-        assert parameter.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr(), f"{name} is made of others"
+        # a transformers that makes one parameter of several tensors would have to be followed here
+        assert parameter.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr(), name
         kept[id(parameter)] = names[parameter.storage_offset()]
     return model.eval(), kept
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from megalm.checkpoint import folder as checkpoints
 from megalm.checkpoint import manifest as manifests
 from megalm.checkpoint import tensors
+from megalm.checkpoint.tensor_file import CODES
 from megalm.checkpoint.tensors import WEIGHT, Reader
 from megalm.convert import architectures
-from megalm.convert.folder import CODES, CONFIG_FILE, Weights, read_json
+from megalm.convert.folder import CONFIG_FILE, Weights, read_json
 from megalm.convert.mapping import Same, Vocabulary
 from megalm.errors import MegalmError
 from megalm.models.config import ModelConfig, saved_config
