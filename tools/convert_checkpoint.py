@@ -24,9 +24,7 @@ def main() -> None:
     for direction in (there, back):
         direction.add_argument("output", type=Path, metavar="OUT", help="folder to write; must not exist")
         direction.add_argument("--tokenizer", type=Path, metavar="PATH", help="where it is, if not where it is known")
-        direction.add_argument(
-            "--no-verify", action="store_true", help="do not compare the logits with transformers'; saves memory"
-        )
+        direction.add_argument("--no-verify", action="store_true", help="do not compare the logits with transformers'")
         direction.add_argument(
             "--workers",
             type=int,

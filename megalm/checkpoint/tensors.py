@@ -6,7 +6,6 @@ layout of its own: any rank of any other layout reads just the stretches of the 
 """
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -17,10 +16,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalm.checkpoint.manifest import Manifest
+from megalm.checkpoint.tensor_file import TensorFile, head
 from megalm.errors import MegalmError
 
 WEIGHT = "weight"
@@ -123,20 +122,12 @@ class Snapshot:
         return {name: self._write(folder / name, places) for name, places in files.items()}
 
     def _write(self, path: Path, places: dict[str, tuple[int, int]]) -> dict[str, Any]:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        size, used = self._flat.element_size(), 0
-        for key, (start, stop) in places.items():
-            there = used + (stop - start) * size
-            header[key] = {"dtype": "F32", "shape": [stop - start], "data_offsets": [used, there]}
-            used = there
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        data = self._flat.numpy().view(np.uint8).data
+        first, _ = head((key, "float32", [stop - start]) for key, (start, stop) in places.items())
+        size, data = self._flat.element_size(), self._flat.numpy().view(np.uint8).data
         digest = hashlib.blake2b(digest_size=16)
         with path.open("wb") as file:
             stretches = (data[start * size : stop * size] for start, stop in places.values())
-            head: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
-            for block in chain(head, _blocks(stretches)):
+            for block in chain([first], _blocks(stretches)):
                 file.write(block)
                 digest.update(block)
             file.flush()
@@ -177,7 +168,7 @@ class Reader:
         self._folder = folder
         self._parameters = manifest.parameters
         self._tensor_size = manifest.layout["tensor"]
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, TensorFile] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> "Reader":
@@ -234,18 +225,19 @@ class Reader:
         for rank, piece_rank, piece_start, count in self._parameters[name]["pieces"]:
             here, there = max(start, piece_start), min(stop, piece_start + count)
             if piece_rank == slice_rank and here < there:
-                saved = self._file(rank, kind).get_slice(_key(name, kind, slice_rank, piece_start))
-                numbers[here - start : there - start] = saved[here - piece_start : there - piece_start]
+                key = _key(name, kind, slice_rank, piece_start)
+                saved = self._file(rank, kind).numbers(key, here - piece_start, there - piece_start)
+                numbers[here - start : there - start] = saved
                 found += there - here
         assert found == stop - start, f"{name}: {found} of {stop - start} numbers asked for are in the checkpoint"
         return numbers
 
-    def _file(self, rank: int, kind: str) -> Any:
+    def _file(self, rank: int, kind: str) -> TensorFile:
         path = self._folder / file_name(rank, kind)
         if path not in self._files:
             try:
-                self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
+                self._files[path] = self._stack.enter_context(TensorFile(path))
+            except (OSError, ValueError) as error:
                 raise MegalmError(
                     f"{path} cannot be read ({error}): the checkpoint is damaged, choose another one of the run"
                 ) from None

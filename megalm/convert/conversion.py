@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
@@ -18,7 +18,6 @@ from torch import Tensor
 from megalm.checkpoint import folder as checkpoints
 from megalm.checkpoint import manifest as manifests
 from megalm.checkpoint import tensors
-from megalm.checkpoint.folder import NotWritten
 from megalm.checkpoint.manifest import Manifest
 from megalm.checkpoint.tensors import Snapshot
 from megalm.convert import architectures, gate, tokenizer_files
@@ -79,8 +78,8 @@ def to_hf(
 
     checkpoint: a run folder (its newest), or a checkpoint folder. dtype: of the weights, bf16, fp16 or fp32; by default
     that of the forward pass they were trained in. tokenizer: its path, where it has moved since the run. verify:
-    False skips the gate, which needs memory for the whole model in fp32; without it memory is a few times that of the
-    largest tensor. A conversion that was interrupted goes on where it was.
+    False skips the gate. Memory is a few times that of the largest tensor. A conversion that was interrupted goes on
+    where it was.
 
     Raises MegalmError if the checkpoint is missing or damaged, if no architecture computes its model, or if the gate
     finds a difference; then there is no output.
@@ -126,7 +125,8 @@ def from_hf(
 ) -> Converted:
     """Write a Hugging Face folder as a checkpoint of step 0, without moments, that load_model and model.init_from read.
 
-    tokenizer: its path, where the folder has none. verify: as for to_hf.
+    tokenizer: its path, where the folder has none. verify: as for to_hf. A conversion that was interrupted goes on
+    where it was.
 
     Raises MegalmError if the folder is not whole or of an architecture megalm has not, or if the gate finds a
     difference; then there is no output.
@@ -134,7 +134,8 @@ def from_hf(
     path = tokenizer or folder
     with FolderSource(folder) as source:
         _refuse_existing(output)
-        with _unfinished(output, None) as partial:
+        with _unfinished(output, {"folder": _state(folder), "megalm": version("megalm")}) as partial:
+            shutil.rmtree(partial / "tokenizer", ignore_errors=True)
             loaded = tokenizer_files.restore(path, partial / "tokenizer")
             assert source.config.vocab_size is not None
             if loaded.vocab_size > source.config.vocab_size:
@@ -142,17 +143,22 @@ def from_hf(
                     f"the tokenizer at {path} has {loaded.vocab_size} ids and the model of {folder} has "
                     f"{source.config.vocab_size}: give the tokenizer it was trained with"
                 )
-            written = _write_checkpoint(source, partial, output, loaded, workers, report)
-            for item in written.iterdir():
-                item.rename(partial / item.name)
-            shutil.rmtree(written.parent)
+            described = _write_checkpoint(source, partial, output, loaded, workers, report)
             verdict = None
             if verify:
                 report("comparing with transformers", 0, 1)
                 with CheckpointSource(partial) as copy:
                     verdict = gate.judge(source.config, copy.whole, loaded, folder)
+            for description in described:
+                description.unlink()
         size = 4 * sum(map(math.prod, source.shapes.values()))
         return Converted(source.architecture, source.config, size, verdict, verdict.notes if verdict else [])
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """What tells a folder from another, and from itself when it has changed, without reading all of it."""
+    files = {path.name: path.stat() for path in sorted(folder.iterdir()) if path.is_file()}
+    return {"": str(folder.resolve())} | {name: (stat.st_size, stat.st_mtime_ns) for name, stat in files.items()}
 
 
 def _refuse_existing(output: Path) -> None:
@@ -205,17 +211,17 @@ class _Count:
 
 
 @contextmanager
-def _unfinished(output: Path, plan: dict[str, Any] | None) -> Iterator[Path]:
+def _unfinished(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
     """A hidden folder that becomes `output` if nothing is raised.
 
-    What a user can cause removes it. Anything else, a kill or a full disk included, leaves it: with a plan, the next
-    conversion of the same plan goes on in it; without one it starts anew.
+    What a user can cause removes it. Anything else, a kill or a full disk included, leaves it: the next conversion of
+    the same plan goes on in it, one of another plan starts anew.
     """
     partial = output.parent / f".{output.name}.partial"
     described = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
     mark = partial / PLAN_FILE
     try:
-        if not (plan and mark.exists() and mark.read_text() == described):
+        if not (mark.exists() and mark.read_text() == described):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             mark.write_text(described)
@@ -301,10 +307,14 @@ class _Whole:
 
 
 def _write_checkpoint(
-    source: FolderSource, partial: Path, output: Path, tokenizer: Tokenizer, workers: int, report: Report
-) -> Path:
-    """partial/checkpoints/step-0. Each of its files holds about as much as the largest tensor does, so that a thread
-    needs memory for one file."""
+    source: FolderSource, folder: Path, output: Path, tokenizer: Tokenizer, workers: int, report: Report
+) -> list[Path]:
+    """The checkpoint, but for the files that an interrupted conversion left whole.
+
+    Each of its files holds about as much as the largest tensor does, so that a thread needs memory for one file. Beside
+    each lies, and is returned, a file with its part of the manifest: it says that the file is whole, until all of the
+    checkpoint is.
+    """
     manifest = Manifest(
         step=0,
         tokens=0,
@@ -329,32 +339,29 @@ def _write_checkpoint(
         groups[-1].append(entry)
         used += sizes[entry.theirs]
     count = _Count("writing", 4 * sum(sizes.values()), report)
-    described: list[checkpoints.Description] = []
     budget = Budget(2 * largest)
+    descriptions = [folder / f"{tensors.file_name(rank)}.json" for rank in range(len(groups))]
 
-    def write_all(folder: Path) -> checkpoints.Description:
-        def write(numbered: tuple[int, list[Entry]]) -> None:
-            rank, group = numbered
-            numbers = sum(sizes[entry.theirs] for entry in group)
+    def write(rank: int) -> None:
+        group = groups[rank]
+        numbers = sum(sizes[entry.theirs] for entry in group)
+        if not descriptions[rank].exists():
             with budget.hold(numbers):
                 snapshot = Snapshot(numbers, pinned=False)
                 snapshot.take(_stretches(source, group), rank, "float32")
                 for name, entry in snapshot.table.items():
                     entry["dtype"] = source.dtypes[name]
-                described.append((snapshot.write(folder, rank), snapshot.table))
-            count.add(4 * numbers)
+                written = snapshot.write(folder, rank)
+            write_json(descriptions[rank], {"files": written, "parameters": snapshot.table})
+        count.add(4 * numbers)
 
-        each(write, enumerate(groups), workers)
-        files = {name: entry for written, _ in described for name, entry in written.items()}
-        parameters = tensors.merge(table for _, table in described)
-        return dict(sorted(files.items())), {name: parameters[name] for name in source.shapes}
-
-    try:
-        return checkpoints.save(
-            partial / "checkpoints", manifest, write_all, checkpoints.Alone(), needed=4 * sum(sizes.values())
-        )
-    except NotWritten as error:
-        raise MegalmError(f"{error.what}: make room, or choose another folder") from None
+    each(write, range(len(groups)), workers)
+    described = [json.loads(path.read_text()) for path in descriptions]
+    files = {name: entry for part in described for name, entry in part["files"].items()}
+    parameters = tensors.merge(part["parameters"] for part in described)
+    ordered = {name: parameters[name] for name in source.shapes}
+    manifests.write(folder, replace(manifest, files=files, parameters=ordered))
+    return descriptions
 
 
 def _stretches(source: FolderSource, group: list[Entry]) -> Iterator[_Whole]:

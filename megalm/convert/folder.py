@@ -1,6 +1,7 @@
 """A Hugging Face folder: config.json and safetensors files, read by parts and written tensor by tensor."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,16 +14,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megalm.checkpoint.tensor_file import TensorFile, head
 from megalm.errors import MegalmError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""Name of a dtype -> what safetensors calls it."""
 _BLOCK = 1 << 24
 """Bytes written at a time."""
 
@@ -51,7 +50,7 @@ class Weights:
     def __init__(self, folder: Path):
         self.folder = folder
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         self._places = self._find()
 
     def __enter__(self) -> "Weights":
@@ -77,38 +76,44 @@ class Weights:
             raise MegalmError(
                 f"{self.folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{other}: save the model as safetensors"
             )
-        return dict.fromkeys(self._open(WEIGHTS_FILE).keys(), WEIGHTS_FILE)
+        return dict.fromkeys(self._open(WEIGHTS_FILE).names(), WEIGHTS_FILE)
 
-    def _open(self, file: str) -> Any:
+    def _open(self, file: str) -> TensorFile:
         if file not in self._files:
             path = self.folder / file
             try:
-                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
+                self._files[file] = self._stack.enter_context(TensorFile(path))
+            except (OSError, ValueError) as error:
                 raise MegalmError(f"{path} cannot be read ({error}): copy the folder again") from None
         return self._files[file]
 
     def names(self) -> list[str]:
         return list(self._places)
 
-    def _slice(self, name: str) -> Any:
+    def _holder(self, name: str) -> TensorFile:
+        """The file of a tensor."""
         file = self._places[name]
-        try:
-            return self._open(file).get_slice(name)
-        except SafetensorError:
-            raise MegalmError(f"{self.folder / file} has no tensor {name}: copy the folder again") from None
+        holder = self._open(file)
+        if name not in holder:
+            raise MegalmError(f"{self.folder / file} has no tensor {name}: copy the folder again")
+        return holder
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._holder(name).shape(name)
 
     def dtype(self, name: str) -> str:
         """Name of its dtype; of one that is not a floating-point number of 16 or 32 bits, safetensors' own."""
-        code = self._slice(name).get_dtype()
-        return next((dtype for dtype, known in CODES.items() if known == code), code)
+        return self._holder(name).dtype(name)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Its rows first..last, as they are kept."""
-        return self._slice(name)[first:last]
+        width = math.prod(self.shape(name)[1:])
+        flat = self._holder(name).numbers(name, first * width, last * width)
+        return flat.view(last - first, *self.shape(name)[1:])
+
+    def whole(self, name: str) -> Tensor:
+        """All of it, fp32."""
+        return self.rows(name, 0, self.shape(name)[0]).float()
 
 
 # ---- writing ----
@@ -150,7 +155,10 @@ def write_index(folder: Path, files: Mapping[str, list[Planned]]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a file that is whole or absent."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 class Budget:
@@ -190,23 +198,11 @@ def write_shard(
     path: Path, tensors: list[Planned], make: Callable[[str], Tensor], budget: Budget, workers: int
 ) -> None:
     """Write one safetensors file, synced and whole or absent, its tensors made by `make` in threads."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    places, used = {}, 0
-    for tensor in tensors:
-        places[tensor.name] = used
-        header[tensor.name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [used, used + tensor.bytes],
-        }
-        used += tensor.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    first, places = head((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
     partial = path.with_name(path.name + ".part")
     with partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(first)
         file.flush()
-        begin = file.tell()
 
         def write(tensor: Planned) -> None:
             with budget.hold(int(np.prod(tensor.shape))):
@@ -214,7 +210,7 @@ def write_shard(
                 assert tuple(made.shape) == tensor.shape, tensor.name
                 data = made.view(-1).view(torch.uint8).numpy().data
                 for start in range(0, len(data), _BLOCK):
-                    _write_at(file.fileno(), data[start : start + _BLOCK], begin + places[tensor.name] + start)
+                    _write_at(file.fileno(), data[start : start + _BLOCK], len(first) + places[tensor.name] + start)
 
         each(write, tensors, workers)
         os.fsync(file.fileno())

@@ -1,9 +1,11 @@
 """The gate: a conversion stands only if transformers and megalm compute the same logits from its two sides.
 
-megalm's side is computed layer by layer, so that only one layer is in memory; transformers holds the whole model.
+Neither side holds its model: megalm's is computed layer by layer, transformers' module by module, each of which has its
+weights while it computes and no longer.
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from megalm.convert.folder import Weights
 from megalm.errors import MegalmError
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import Embedding, Head, decoder
@@ -114,10 +117,38 @@ def logits(config: ModelConfig, weight: Callable[[str], Tensor], tokens: Tensor)
     return stream.view(*tokens.shape, -1)[..., : config.vocab_size]
 
 
+@torch.no_grad()
 def _their_logits(transformers: Any, folder: Path, tokens: Tensor) -> Tensor:
+    """tokens [batch, seq] -> [batch, seq, vocab] of transformers' model of a folder, in fp32."""
+    with Weights(folder) as weights:
+        model, kept = _without_weights(transformers, weights)
+        for module in model.modules():
+            if own := {key: kept[id(parameter)] for key, parameter in module.named_parameters(recurse=False)}:
+                _fill_while_it_computes(module, own, weights)
+        return model(input_ids=tokens, use_cache=False).logits.float()
+
+
+def _without_weights(transformers: Any, weights: Weights) -> tuple[nn.Module, dict[int, str]]:
+    """transformers' model of a folder, and for each of its parameters, by id, the folder's tensor that belongs there.
+
+    transformers loads tensors of the folder's names and shapes that lie on one stretch of memory, each one number
+    further on than the one before: so it judges the names and shapes, makes what is computed and not kept (rotary
+    frequencies), and where a parameter begins tells which tensor it took for it.
+
+    Raises MegalmError if it does not load them, or finds one missing, unknown or of another shape.
+    """
+    folder, names = weights.folder, weights.names()
+    shapes = [weights.shape(name) for name in names]
+    # not a number: a parameter that is used outside its module's forward pass cannot pass unseen
+    memory = torch.full((max(map(math.prod, shapes)) + len(names),), math.nan)
+    stand_ins = {
+        name: memory[place : place + math.prod(shape)].view(shape)
+        for place, (name, shape) in enumerate(zip(names, shapes, strict=True))
+    }
     try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        model, found = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=stand_ins, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # whatever transformers raises, it does not load
         raise MegalmError(
@@ -125,13 +156,36 @@ def _their_logits(transformers: Any, folder: Path, tokens: Tensor) -> Tensor:
             "of it, or convert with --no-verify"
         ) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, found[kind])):
+        if wrong := sorted(map(str, found[kind])):
             raise MegalmError(
-                f"transformers {transformers.__version__} finds {kind.replace('_', ' ')} in the folder, {len(names)}, "
-                f"the first {names[0]}: the mapping of this architecture is wrong for this model, please report it"
+                f"transformers {transformers.__version__} finds {kind.replace('_', ' ')} in the folder, {len(wrong)}, "
+                f"the first {wrong[0]}: the mapping of this architecture is wrong for this model, please report it"
             )
-    with torch.no_grad():
-        return model.eval()(input_ids=tokens, use_cache=False).logits.float()
+    kept = {}
+    for name, parameter in model.named_parameters():
+        # a transformers that makes one parameter of several tensors would have to be followed here
+        assert parameter.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr(), name
+        kept[id(parameter)] = names[parameter.storage_offset()]
+    return model.eval(), kept
+
+
+def _fill_while_it_computes(module: nn.Module, own: dict[str, str], weights: Weights) -> None:
+    """Have a module read its own parameters before its forward pass, and let go of them after it.
+
+    own: name of a parameter -> of the folder's tensor.
+    """
+    stand_ins = {key: getattr(module, key).data for key in own}
+
+    def fill(*_: object) -> None:
+        for key, name in own.items():
+            getattr(module, key).data = weights.whole(name)
+
+    def empty(*_: object) -> None:
+        for key, stand_in in stand_ins.items():
+            getattr(module, key).data = stand_in
+
+    module.register_forward_pre_hook(fill)
+    module.register_forward_hook(empty)
 
 
 def _compare_tokenizers(transformers: Any, tokenizer: Tokenizer, folder: Path) -> list[str]:

@@ -5,19 +5,18 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from megalm.checkpoint import folder as checkpoints
 from megalm.checkpoint import manifest as manifests
 from megalm.checkpoint import tensors
-from megalm.checkpoint.manifest import Manifest
+from megalm.checkpoint.tensor_file import CODES
 from megalm.checkpoint.tensors import WEIGHT, Reader
 from megalm.convert import architectures
-from megalm.convert.folder import CODES, CONFIG_FILE, Weights, read_json
+from megalm.convert.folder import CONFIG_FILE, Weights, read_json
 from megalm.convert.mapping import Same, Vocabulary
 from megalm.errors import MegalmError
-from megalm.models.config import ModelConfig
+from megalm.models.config import ModelConfig, saved_config
 
 TABLES = ("embedding.table.weight", "head.weight")
 """Weights with a row per token id, and rows of zeros that pad them."""
@@ -98,13 +97,14 @@ class CheckpointSource(Source):
         self.manifest = manifests.read(folder)
         self.files = tensors.weight_files(self.manifest)
         checkpoints.refuse_damaged(folder, manifests.faults(folder, self.manifest, self.files, checksums=False))
-        self.config = _model(folder, self.manifest)
+        version = self.manifest.versions.get("megalm", "unknown")
+        self.config = saved_config(self.manifest.config["model"], folder, version)
         self.dtypes = {name: entry["dtype"] for name, entry in self.manifest.parameters.items()}
         self.shapes = {name: tuple(entry["shape"]) for name, entry in self.manifest.parameters.items()}
         if self.shapes != architectures.shapes(self.config):
             raise MegalmError(
                 f"checkpoint {folder} holds other weights than its config describes: use the version of megalm that "
-                f"wrote it, {self.manifest.versions.get('megalm', 'unknown')}"
+                f"wrote it, {version}"
             )
         self._reader = Reader(folder, self.manifest)
 
@@ -120,19 +120,6 @@ class CheckpointSource(Source):
         width = math.prod(shape[1:])
         flat = self._reader.stretch(name, WEIGHT, None, 0, 1, first * width, (last - first) * width)
         return flat.view(last - first, *shape[1:])
-
-
-def _model(folder: Path, manifest: Manifest) -> ModelConfig:
-    described = manifest.config["model"] | {"attention_backend": "auto", "norm_implementation": "auto"}
-    try:
-        return ModelConfig.model_validate(described)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise MegalmError(
-            f"checkpoint {folder} holds a model this version of megalm does not know: "
-            f"model.{'.'.join(map(str, first['loc']))}: {first['msg']}; use the version that wrote it, "
-            f"{manifest.versions.get('megalm', 'unknown')}"
-        ) from None
 
 
 class FolderSource(Source):
@@ -203,8 +190,7 @@ class FolderSource(Source):
     def restore(self, entry: architectures.Entry) -> list[Tensor]:
         """All of megalm's tensors that one of the folder's is made of, fp32."""
         place = self._names[entry.theirs]
-        tensor = self._weights.rows(place, 0, self._weights.shape(place)[0]).float()
-        return list(entry.mapping.restore(tensor, self.config))
+        return list(entry.mapping.restore(self._weights.whole(place), self.config))
 
 
 def open_source(path: Path) -> Source:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from megalm.checkpoint import folder as checkpoints
 from megalm.checkpoint import manifest as manifests
@@ -11,7 +10,7 @@ from megalm.checkpoint import tensors
 from megalm.checkpoint.manifest import Manifest
 from megalm.errors import MegalmError
 from megalm.layout import Layout, check_model
-from megalm.models.config import ModelConfig
+from megalm.models.config import ModelConfig, saved_config
 from megalm.models.decoder import LayerList, build_model, decoder
 from megalm.models.stage import Pipe, Stage
 from megalm.nn.init import spec_of
@@ -49,7 +48,7 @@ def load_model(
     manifest = checkpoints.verify(folder, ranks, checksums=False)
     mine = manifests.faults(folder, manifest, sorted(tensors.weight_files(manifest))[ranks.rank :: ranks.size])
     checkpoints.refuse_damaged(folder, sorted(fault for part in ranks.gather(mine) for fault in part))
-    config = model_config(folder, manifest)
+    config = saved_config(manifest.config["model"], folder, manifest.versions.get("megalm", "unknown"))
     if pipe and config.num_layers < pipe.stages:
         raise MegalmError(
             f"the model of checkpoint {folder} has {config.num_layers} layers and cannot be cut into {pipe.stages} "
@@ -82,23 +81,6 @@ def load_model(
 def tokenizer_path(path: str | Path) -> str:
     """Where the tokenizer was that a run or checkpoint was trained with."""
     return manifests.read(checkpoints.resolve(Path(path))).config["data"]["tokenizer"]
-
-
-def model_config(folder: Path, manifest: Manifest) -> ModelConfig:
-    """The model of a checkpoint, with kernels chosen anew: those of the machine that trained it may not be here.
-
-    Raises MegalmError if it holds what this version does not know.
-    """
-    described = manifest.config["model"] | {"attention_backend": "auto", "norm_implementation": "auto"}
-    try:
-        return ModelConfig.model_validate(described)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise MegalmError(
-            f"checkpoint {folder} holds a model this version of megalm does not know: "
-            f"model.{'.'.join(map(str, first['loc']))}: {first['msg']}; use the version that wrote it, "
-            f"{manifest.versions.get('megalm', 'unknown')}"
-        ) from None
 
 
 def _tokenizer(path: str | Path, config: ModelConfig, manifest: Manifest, folder: Path) -> Tokenizer:

@@ -1,7 +1,12 @@
 """A whole model: the block's sizes, how many of them, and both ends."""
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from megalm.errors import MegalmError
 from megalm.nn.config import BlockConfig
 
 
@@ -68,3 +73,19 @@ class ModelConfig(BlockConfig):
         if self.position == "learned":
             tables += self.max_position_embeddings * hidden
         return tables + self.num_layers * (2 * norm + attention + feed_forward) + norm
+
+
+def saved_config(saved: Mapping[str, Any], folder: Path, version: str) -> ModelConfig:
+    """The model of a checkpoint, with kernels chosen anew: those of the machine that trained it may not be here.
+
+    saved: the section `model` of its config. version: of megalm, that wrote it. Raises MegalmError if this version does
+    not know what it holds.
+    """
+    try:
+        return ModelConfig.model_validate({**saved, "attention_backend": "auto", "norm_implementation": "auto"})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise MegalmError(
+            f"checkpoint {folder} holds a model this version of megalm does not know: "
+            f"model.{'.'.join(map(str, first['loc']))}: {first['msg']}; use the version that wrote it, {version}"
+        ) from None

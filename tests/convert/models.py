@@ -84,9 +84,11 @@ def checkpoint(
     data: int = 1,
     tensor: int = 1,
     dtype: str = "float32",
+    moments: bool = True,
 ) -> Path:
     """A checkpoint as the ranks of this layout write it."""
-    whole = writing.with_moments({name: parameter.detach() for name, parameter in model.named_weights().items()})
+    weights = {name: parameter.detach() for name, parameter in model.named_weights().items()}
+    whole = writing.with_moments(weights) if moments else {name: {"weight": weight} for name, weight in weights.items()}
     names = list(whole)
     everyone = writing.ranks(
         whole,

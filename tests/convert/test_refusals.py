@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megalm.checkpoint.tensors import Snapshot, file_name
 from megalm.convert import conversion
 from megalm.convert.architectures import of_json
 from megalm.convert.conversion import from_hf, to_hf
@@ -198,6 +199,52 @@ def test_an_interrupted_conversion_goes_on(origin: Path, tmp_path: Path, monkeyp
     convert(dtype="bf16")
     assert len(again) > 1 and again[0].startswith("model-00001")
     assert {t.dtype for t in load_file(sorted((tmp_path / "hf").glob("*.safetensors"))[0]).values()} == {torch.bfloat16}
+
+
+def test_an_interrupted_import_goes_on(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, written = Snapshot.write, list[int]()
+    stop_after = 3
+
+    def counted(self: Snapshot, folder: Path, rank: int) -> Any:
+        if len(written) == stop_after:
+            (folder / file_name(rank)).write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(rank)
+        return write(self, folder, rank)
+
+    def convert() -> list[int]:
+        """The files that are written."""
+        written.clear()
+        from_hf(tmp_path / "hf", tmp_path / "back", workers=1)
+        return written
+
+    def files(folder: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    monkeypatch.setattr(Snapshot, "write", counted)
+    shutil.copytree(origin / "hf", tmp_path / "hf")
+    with pytest.raises(KeyboardInterrupt):
+        convert()
+    assert not (tmp_path / "back").exists() and written == [0, 1, 2]
+    stop_after = -1
+    rest = list(convert())
+    whole = files(tmp_path / "back")
+    assert rest == list(range(3, 3 + len(rest))) and len(rest) > 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf"]
+    shutil.rmtree(tmp_path / "back")
+    assert convert() == [0, 1, 2, *rest] and files(tmp_path / "back") == whole, "as if it had never been interrupted"
+    assert not [name for name in whole if name.endswith((".part", ".json")) and name.startswith("weights")]
+
+    # a folder that has changed is another conversion, which starts anew
+    shutil.rmtree(tmp_path / "back")
+    stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        convert()
+    rewrite(tmp_path / "hf", lambda tensors: tensors[FIRST].mul_(2))
+    stop_after = -1
+    assert convert() == [0, 1, 2, *rest]
+    changed = files(tmp_path / "back")
+    assert changed.keys() == whole.keys() and changed[file_name(0)] != whole[file_name(0)]
 
 
 def test_config_keys_of_every_age() -> None:
