@@ -18,8 +18,10 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from torch import Tensor, nn
 
+from megalm.nn.adapter import MAGNITUDE, A, B, adapter_of
+from megalm.nn.gate import gates
 from megalm.parallel.groups import Groups, quiet
-from megalm.parallel.state import Piece, State, pieces
+from megalm.parallel.state import WEIGHT, Piece, State, pieces
 
 MicroBatch = tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 LossFunction = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
@@ -85,15 +87,21 @@ class Engine(ABC):
         self._norm = math.nan
         self.state = State(engine)
         self.num_parameters = self._count()
+        self._gates = gates(self.module)
 
     @property
     def module(self) -> nn.Module:
         return self.engine.module
 
-    def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
-        """Forward, backward and update over one rank's share of a global batch."""
+    def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float, head_only: bool = False) -> StepResult:
+        """Forward, backward and update over one rank's share of a global batch.
+
+        head_only: what is not in a head has no gradient and keeps its place (optim.parameters, nn.gate).
+        """
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = 0.0 if head_only and not group["head"] else learning_rate * group["rate_scale"]
+        for gate in self._gates:
+            gate.is_open = not head_only
         self._guard.open()
         weighted, tokens = self._weigh(micro_batches, len(micro_batches))
         loss = self._train(weighted)
@@ -118,6 +126,27 @@ class Engine(ABC):
         otherwise all that this rank holds. Views, valid until the next step."""
         return pieces(self.state, self._named(layer_names, owned), self.groups, owned=owned)
 
+    @torch.no_grad()
+    def set_magnitudes(self) -> None:
+        """Start DoRA's magnitudes at the row norms of the weights that are there now, rounded as the forward pass sees
+        them. All ranks call it.
+
+        The sums are fp64, so that how a layout cuts the rows does not show in them.
+        """
+        for module in self.module.modules():
+            adapter = adapter_of(module)
+            if adapter is None or not adapter.directional:
+                continue
+            magnitude = module.get_parameter(MAGNITUDE)
+            parts = [module.get_parameter(name) for name in ("weight", A, B)]
+            with deepspeed.zero.GatheredParameters(parts, enabled=hasattr(magnitude, "ds_id")):
+                norms = adapter.row_norms(module, dtype=torch.float64).to(magnitude.dtype)
+            held = self.state.stretch(magnitude)
+            if held is not None:
+                start, tensors = held
+                tensors[WEIGHT].copy_(norms[start : start + tensors[WEIGHT].numel()])
+        self.state.publish()
+
     def _weigh(self, micro_batches: Sequence[MicroBatch], count: int) -> tuple[list[MicroBatch], int]:
         """Turn each loss mask into weights under which the engine's averaging over micro-batches and ranks gives
         the sum over trained tokens divided by their global number."""
@@ -140,12 +169,9 @@ class Engine(ABC):
 
     def _named(self, layer_names: Sequence[str], owned: bool) -> Iterator[tuple[str, nn.Parameter]]:
         """This stage's parameters under their full names. owned: those of tied layers at one stage only."""
-        for name, parameter in self.module.named_parameters():
-            if owned and getattr(parameter, "ds_pipe_replicated", False):
-                continue
-            layer, suffix = name.split(".", 1)
-            # DeepSpeed keeps tied layers under tied_modules.NAME, all others under their index.
-            yield suffix if layer == "tied_modules" else f"{layer_names[int(layer)]}.{suffix}", parameter
+        for name, parameter in full_names(self.module, layer_names):
+            if not (owned and getattr(parameter, "ds_pipe_replicated", False)):
+                yield name, parameter
 
     @abstractmethod
     def _train(self, micro_batches: list[MicroBatch]) -> float: ...
@@ -254,6 +280,8 @@ class _PipelineEngine(Engine):
         """
         engine, ranks = self.engine, self.groups.layout.data
         for weight, stages in engine.module.get_tied_weights_and_groups():
+            if not weight.requires_grad:
+                continue
             if engine.using_bf16_optimizer:
                 gradient = weight._hp_grad
             elif engine.zero_optimization():
@@ -264,6 +292,14 @@ class _PipelineEngine(Engine):
             dist.all_reduce(gradient, group=self.groups.data_group)
             dist.all_reduce(gradient, group=stages)
             gradient /= ranks
+
+
+def full_names(module: nn.Module, layer_names: Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a model or of a stage of it, by their full names."""
+    for name, parameter in module.named_parameters():
+        layer, suffix = name.split(".", 1)
+        # DeepSpeed keeps tied layers under tied_modules.NAME, all others under their index.
+        yield suffix if layer == "tied_modules" else f"{layer_names[int(layer)]}.{suffix}", parameter
 
 
 def partition(layer: nn.Module, groups: Groups, config: dict[str, Any], dtype: torch.dtype) -> None:

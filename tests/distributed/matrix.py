@@ -120,6 +120,20 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "data": APART,
     },
+    "frozen": {
+        "model": {**BIASES, "tie_word_embeddings": True, "norm": "layernorm"},
+        "tuning": {
+            "freeze": ["embedding.*", "blocks.*.feed_forward.*", "blocks.0.attention.*"],
+            "layer_decay": 0.8,
+            "neftune_alpha": 5.0,
+        },
+    },
+    "lora": {
+        "model": {"attention_bias": True, "qk_norm": True},
+        "tuning": {"method": "lora", "rank": 4, "also_train": ["*norm*"], "neftune_alpha": 5.0},
+    },
+    "dora": {"model": BIASES, "tuning": {"method": "dora", "rank": 4, "freeze": ["blocks.1.*"], "layer_decay": 0.8}},
+    "dora-heads": {"model": {"num_key_value_heads": 8}, "tuning": {"method": "dora", "rank": 2, "targets": ["query", "value", "down"]}},
 }
 """Sets of features, each like a model that exists where there is one. Clipping bites in all but one of them."""
 
@@ -175,6 +189,7 @@ class Case:
         tree: dict[str, Any] = {
             "run": {"directory": str(corpus / "run")},
             "model": {**MODEL, "num_layers": self.layers},
+            "tuning": {},
             "data": {
                 "sources": [{"path": str(corpus / "shards" / "train")}],
                 "tokenizer": str(corpus / "tokenizer"),

@@ -80,7 +80,7 @@ def no_reduction_of_tied_gradients() -> None:
 
 def norms_decay() -> None:
     right = build.parameter_groups
-    build.parameter_groups = lambda named, decay, decays: right(named, decay, lambda name, parameter: True)
+    build.parameter_groups = lambda named, decay, decays, *rest: right(named, decay, lambda *parameter: True, *rest)
 
 
 def a_repeated_sample() -> None:
