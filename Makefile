@@ -67,6 +67,7 @@ test-gpu: setup ## run the tests that need a CUDA device
 test-matrix: setup ## hold every layout against one process, and write what is proved (an hour on two cores)
 	$(PYTHON) -m tests.distributed.matrix
 	$(PYTHON) tools/write_support_docs.py
+	MEGALM_ALL_PAIRS=1 $(PYTHON) -m pytest tests/training/test_another_layout.py
 
 lint: setup ## check style, types and that the written docs are current
 	$(PYTHON) -m ruff check .

@@ -33,6 +33,7 @@ import numpy as np
 from megalm.config import load
 from megalm.data import shards
 from megalm.data.loader import Loader
+from megalm.data.packing import Windows
 from megalm.errors import MegalmError, main_guard
 from megalm.tokenizer.train import train as train_tokenizer
 from megalm.training.config import RunConfig
@@ -269,16 +270,17 @@ def windows(config: RunConfig) -> Any:
 
     from megalm.tokenizer.load import load as load_tokenizer
 
-    train = config.train
-    loader = Loader(config.data, load_tokenizer(config.data.tokenizer), rank=0, size=1, seed=config.run.seed,
-                    global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size,
-                    sequence_length=train.sequence_length)  # fmt: skip
+    data, train = config.data, config.train
+    samples = Windows(data.sources, load_tokenizer(data.tokenizer), train.sequence_length,
+                      attend_across_documents=data.attend_across_documents)  # fmt: skip
+    loader = Loader(samples, rank=0, size=1, seed=config.run.seed, shuffle=data.shuffle,
+                    global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size)  # fmt: skip
     with loader:
         batches = list(chain.from_iterable(step for step, _ in islice(loader, train.steps)))
     tokens = torch.from_numpy(np.concatenate([batch.tokens for batch in batches]))
     labels = torch.from_numpy(np.concatenate([np.where(batch.loss_mask, batch.labels, -100) for batch in batches]))
 
-    class Windows(torch.utils.data.Dataset):
+    class Samples(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return len(tokens)
 
@@ -286,7 +288,7 @@ def windows(config: RunConfig) -> Any:
             # transformers shifts labels itself unless they are given as shift_labels
             return {"input_ids": tokens[index], "labels": labels[index], "shift_labels": labels[index]}
 
-    return Windows()
+    return Samples()
 
 
 def llama(config: RunConfig) -> Any:

@@ -21,10 +21,10 @@ from pydoc_data.topics import topics
 import numpy as np
 import webdataset
 
-from megalm.data.config import DataConfig, SourceConfig
+from megalm.data.config import SourceConfig
 from megalm.data.index import ShardReader
 from megalm.data.loader import Loader
-from megalm.data.packing import window_count
+from megalm.data.packing import Windows, window_count
 from megalm.data.shards import ShardWriter
 from megalm.errors import main_guard
 from megalm.tokenizer.base import Tokenizer
@@ -53,11 +53,10 @@ def main() -> int:
               f"{arguments.sequence_length}")  # fmt: skip
 
         def loader(prefetch: int, attend: bool) -> Loader:
-            sources = [SourceConfig(path=str(folder))]
-            config = DataConfig(sources=sources, prefetch=prefetch, attend_across_documents=attend)
-            batch = arguments.batch
-            return Loader(config, tokenizer, rank=0, size=1, global_batch_size=batch, micro_batch_size=batch,
-                          sequence_length=arguments.sequence_length, seed=1)  # fmt: skip
+            sources, batch = [SourceConfig(path=str(folder))], arguments.batch
+            samples = Windows(sources, tokenizer, arguments.sequence_length, attend_across_documents=attend)
+            return Loader(samples, rank=0, size=1, global_batch_size=batch, micro_batch_size=batch,
+                          seed=1, prefetch=prefetch)  # fmt: skip
 
         def loader_reader(prefetch: int, attend: bool) -> Callable[[], int]:
             return lambda: read_loader(loader(prefetch, attend), reader.tokens_total)
@@ -148,19 +147,20 @@ def read_memmap(path: Path, sequence_length: int, batch: int) -> int:
 
 def resume(folder: Path, tokenizer: Tokenizer, sequence_length: int, batch: int) -> None:
     """Print the latency of the first batch at sample 0 and at sample LATE, from opening the shards on."""
-    config = DataConfig(sources=[SourceConfig(path=str(folder))], prefetch=0)
-    samples = window_count(ShardReader(folder).tokens_total, sequence_length)
+    sources = [SourceConfig(path=str(folder))]
+    count = window_count(ShardReader(folder).tokens_total, sequence_length)
     print()
     for start in (0, LATE):
         times = []
         for _ in range(20):
             started = time.perf_counter()
-            loader = Loader(config, tokenizer, rank=0, size=1, global_batch_size=batch, micro_batch_size=batch,
-                            sequence_length=sequence_length, seed=1, start=start)  # fmt: skip
+            samples = Windows(sources, tokenizer, sequence_length)
+            loader = Loader(samples, rank=0, size=1, global_batch_size=batch, micro_batch_size=batch,
+                            seed=1, start=start, prefetch=0)  # fmt: skip
             next(loader)
             times.append(time.perf_counter() - started)
         best = min(times) * 1e3
-        print(f"open and read the first batch at sample {start:>13,} (epoch {start // samples:,}): {best:.2f} ms")
+        print(f"open and read the first batch at sample {start:>13,} (epoch {start // count:,}): {best:.2f} ms")
 
 
 if __name__ == "__main__":

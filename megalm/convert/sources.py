@@ -17,7 +17,9 @@ from megalm.convert import architectures
 from megalm.convert.folder import CODES, CONFIG_FILE, Weights, read_json
 from megalm.convert.mapping import Same, Vocabulary
 from megalm.errors import MegalmError
-from megalm.models.config import ModelConfig
+from megalm.models import tuning as tunings
+from megalm.models.config import ModelConfig, TuningConfig
+from megalm.nn.adapter import ADAPTERS, MAGNITUDE, A, B, merged
 
 TABLES = ("embedding.table.weight", "head.weight")
 """Weights with a row per token id, and rows of zeros that pad them."""
@@ -87,7 +89,11 @@ class Source(ABC):
 
 
 class CheckpointSource(Source):
-    """A checkpoint of any layout."""
+    """A checkpoint of any layout. Its weights are those that compute what it computes: adapters are merged into them."""
+
+    tuning: TuningConfig
+    adapters: dict[str, tuple[int, ...]]
+    """Full name -> shape of every parameter of its adapters, which saved() gives."""
 
     def __init__(self, path: Path):
         """path: a run folder (its newest), or a checkpoint folder.
@@ -98,10 +104,12 @@ class CheckpointSource(Source):
         self.manifest = manifests.read(folder)
         self.files = tensors.weight_files(self.manifest)
         checkpoints.refuse_damaged(folder, manifests.faults(folder, self.manifest, self.files, checksums=False))
-        self.config = _model(folder, self.manifest)
-        self.dtypes = {name: entry["dtype"] for name, entry in self.manifest.parameters.items()}
-        self.shapes = {name: tuple(entry["shape"]) for name, entry in self.manifest.parameters.items()}
-        if self.shapes != architectures.shapes(self.config):
+        self.config, self.tuning = _model(folder, self.manifest)
+        saved = {name: tuple(entry["shape"]) for name, entry in self.manifest.parameters.items()}
+        self.shapes = architectures.shapes(self.config)
+        self.adapters = {name: shape for name, shape in saved.items() if name.rpartition(".")[2] in ADAPTERS}
+        self.dtypes = {name: self.manifest.parameters[name]["dtype"] for name in self.shapes if name in saved}
+        if saved != tunings.shapes(self.config, self.tuning):
             raise MegalmError(
                 f"checkpoint {folder} holds other weights than its config describes: use the version of megalm that "
                 f"wrote it, {self.manifest.versions.get('megalm', 'unknown')}"
@@ -116,21 +124,31 @@ class CheckpointSource(Source):
         self._reader.__exit__(*exception)
 
     def _rows(self, name: str, first: int, last: int) -> Tensor:
-        shape = self.shapes[name]
+        rows = self.saved(name, first, last)
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or f"{module}.{A}" not in self.adapters:
+            return rows
+        left, right = self.saved(f"{module}.{A}", 0, self.tuning.rank), self.saved(f"{module}.{B}", first, last)
+        magnitude = self.saved(f"{module}.{MAGNITUDE}", first, last) if self.tuning.method == "dora" else None
+        return merged(rows, left, right, self.tuning.alpha / self.tuning.rank, magnitude)
+
+    def saved(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first..last of a parameter as it was saved, fp32."""
+        shape = self.shapes.get(name) or self.adapters[name]
         width = math.prod(shape[1:])
         flat = self._reader.stretch(name, WEIGHT, None, 0, 1, first * width, (last - first) * width)
         return flat.view(last - first, *shape[1:])
 
 
-def _model(folder: Path, manifest: Manifest) -> ModelConfig:
+def _model(folder: Path, manifest: Manifest) -> tuple[ModelConfig, TuningConfig]:
     described = manifest.config["model"] | {"attention_backend": "auto", "norm_implementation": "auto"}
     try:
-        return ModelConfig.model_validate(described)
+        return ModelConfig.model_validate(described), TuningConfig.model_validate(manifest.config.get("tuning", {}))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise MegalmError(
             f"checkpoint {folder} holds a model this version of megalm does not know: "
-            f"model.{'.'.join(map(str, first['loc']))}: {first['msg']}; use the version that wrote it, "
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}; use the version that wrote it, "
             f"{manifest.versions.get('megalm', 'unknown')}"
         ) from None
 

@@ -14,12 +14,9 @@ from typing import Any
 import numpy as np
 
 from megalm.data.batch import Batch
-from megalm.data.config import DataConfig, SourceConfig
-from megalm.data.index import OpenShards, ShardReader
-from megalm.data.mixture import Blended, Mixture
-from megalm.data.packing import Packer, window_count
+from megalm.data.mixture import Mixture
+from megalm.data.samples import Samples
 from megalm.errors import MegalmError
-from megalm.tokenizer.base import Tokenizer
 
 Step = tuple[list[Batch], dict[str, Any]]
 """The micro-batches of one step on one rank, and the state of the loader after it."""
@@ -46,38 +43,36 @@ class Loader:
 
     def __init__(
         self,
-        config: DataConfig,
-        tokenizer: Tokenizer,
+        samples: Samples,
         *,
         rank: int,
         size: int,
         global_batch_size: int,
         micro_batch_size: int,
-        sequence_length: int,
         seed: int,
+        shuffle: bool = True,
+        prefetch: int = 2,
         state: Mapping[str, Any] | None = None,
         start: int = 0,
         allowed: Collection[str] = (),
     ) -> None:
-        """Open the shards and start reading ahead.
+        """Start reading ahead.
 
         Args:
             rank, size: data-parallel coordinates.
             global_batch_size: sequences per step over all ranks.
             micro_batch_size: rows of each batch.
-            sequence_length: S; batches are [micro_batch_size, S].
+            seed, shuffle: of the order (data.mixture.Mixture).
+            prefetch: steps prepared ahead by a thread.
             state: continue behind this record of an earlier loader.
             start: without a state, the first sample.
             allowed: keys of the config (as _TOLD names them) that may differ from the state's; the samples then start
                 anew, and `restarted` names them.
 
         Raises:
-            MegalmError: shards that are missing, damaged, empty or of another tokenizer; batch sizes that do not
-                divide; a state that was taken from another blend.
+            MegalmError: batch sizes that do not divide; a state that was taken from another blend.
         """
         assert 0 <= rank < size
-        if not config.sources:
-            raise MegalmError("data.sources is empty: name at least one shard folder")
         if global_batch_size % (micro_batch_size * size):
             step = micro_batch_size * size
             nearest = max(step, round(global_batch_size / step) * step)
@@ -85,21 +80,12 @@ class Loader:
                 f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
                 f"{size} data-parallel ranks: the nearest that is, is {nearest}"
             )
-        open_shards = OpenShards()
-        readers = [
-            ShardReader(source.path, tokenizer, config.verify_checksums, open_shards) for source in config.sources
-        ]
-        corpora = [
-            Blended(reader.fingerprint, window_count(reader.tokens_total, sequence_length), source.weight)
-            for reader, source in zip(readers, config.sources, strict=True)
-        ]
         self.blend: dict[str, Any] = {
             "seed": seed,
-            "sequence_length": sequence_length,
-            "shuffle": config.shuffle,
-            "tokenizer": tokenizer.fingerprint,
-            "corpora": [corpus.fingerprint for corpus in corpora],
-            "weights": [corpus.weight for corpus in corpora],
+            "shuffle": shuffle,
+            **samples.facts,
+            "corpora": [corpus.fingerprint for corpus in samples.corpora],
+            "weights": [corpus.weight for corpus in samples.corpora],
         }
         """What fixes the order of samples."""
         self.restarted = ""
@@ -107,9 +93,8 @@ class Loader:
             self.restarted = ", ".join(self._differences(state, allowed))
             start = 0 if self.restarted else int(state["samples"])
         self._steps: Iterator[Step] = _steps(
-            readers,
-            Mixture(corpora, seed, config.shuffle),
-            Packer(sequence_length, tokenizer.pad_id, config.attend_across_documents),
+            samples,
+            Mixture(samples.corpora, seed, shuffle),
             self.blend,
             start,
             rank,
@@ -117,8 +102,8 @@ class Loader:
             global_batch_size,
             micro_batch_size,
         )
-        if config.prefetch:
-            self._steps = _Prefetched(self._steps, config.prefetch)
+        if prefetch:
+            self._steps = _Prefetched(self._steps, prefetch)
 
     def __iter__(self) -> "Loader":
         return self
@@ -156,9 +141,8 @@ class Loader:
 
 
 def _steps(
-    readers: list[ShardReader],
+    source: Samples,
     mixture: Mixture,
-    packer: Packer,
     blend: dict[str, Any],
     samples: int,
     rank: int,
@@ -174,9 +158,9 @@ def _steps(
         numbers = samples + offsets
         corpora, windows = (values.reshape(offsets.shape).tolist() for values in mixture(numbers.ravel()))
         for step in range(steps):
-            chosen = [(readers[c], w) for c, w in zip(corpora[step], windows[step], strict=True)]
+            chosen = list(zip(corpora[step], windows[step], strict=True))
             batches = [
-                packer.batch(chosen[row : row + micro], numbers[step, row : row + micro])
+                source.batch(chosen[row : row + micro], numbers[step, row : row + micro])
                 for row in range(0, rows, micro)
             ]
             samples += global_batch_size
@@ -239,37 +223,29 @@ def _stop(stopping: threading.Event, items: "queue.Queue[Step | BaseException]",
 
 
 def held_out_batches(
-    source: SourceConfig,
-    tokenizer: Tokenizer,
+    samples: Samples,
     *,
     rank: int,
     size: int,
     micro_batch_size: int,
-    sequence_length: int,
     sequences: int,
-    attend_across_documents: bool = True,
-    verify_checksums: bool = False,
 ) -> Iterator[Batch]:
-    """Micro-batches of `sequences` windows of a held-out corpus (all of them if it has fewer), always the same.
+    """Micro-batches of `sequences` samples of one held-out corpus (all of them if it has fewer), always the same.
 
-    The windows are evenly spaced over the corpus, so that a few of them stand for all of it, and taken in order. Over
-    all ranks each appears exactly once. Every rank gets the same number of micro-batches: rows beyond the last window
+    The samples are evenly spaced over the corpus, so that a few of them stand for all of it, and taken in order. Over
+    all ranks each appears exactly once. Every rank gets the same number of micro-batches: rows beyond the last sample
     are padding with loss_mask 0 and sample id -1.
-
-    Raises:
-        MegalmError: as ShardReader.
     """
-    reader = ShardReader(source.path, tokenizer, verify_checksums)
-    packer = Packer(sequence_length, tokenizer.pad_id, attend_across_documents)
-    total = window_count(reader.tokens_total, sequence_length)
+    [corpus] = samples.corpora
+    total = corpus.samples
     count = min(sequences, total)
-    windows = np.arange(count) * total // count
+    chosen = np.arange(count) * total // count
     per_rank = -(-count // (size * micro_batch_size)) * micro_batch_size
     numbers = rank + size * np.arange(per_rank)
 
     def micro_batch(start: int) -> Batch:
         here = numbers[start : start + micro_batch_size]
-        rows = [(reader, int(windows[n])) if n < count else None for n in here]
-        return packer.batch(rows, np.where(here < count, here, -1))
+        rows = [(0, int(chosen[n])) if n < count else None for n in here]
+        return samples.batch(rows, np.where(here < count, here, -1))
 
     return map(micro_batch, range(0, per_rank, micro_batch_size))

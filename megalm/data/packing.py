@@ -17,12 +17,48 @@ from collections.abc import Sequence
 import numpy as np
 
 from megalm.data.batch import Batch
-from megalm.data.index import ShardReader
+from megalm.data.config import SourceConfig
+from megalm.data.index import OpenShards, ShardReader
+from megalm.data.mixture import Blended
+from megalm.errors import MegalmError
+from megalm.tokenizer.base import Tokenizer
 
 
 def window_count(tokens: int, sequence_length: int) -> int:
     """Windows of a stream: enough that each token but the first is a label."""
     return -(-(tokens - 1) // sequence_length)
+
+
+class Windows:
+    """The samples of shard folders (data.samples.Samples): windows of their token streams."""
+
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        *,
+        attend_across_documents: bool = True,
+        verify_checksums: bool = False,
+    ) -> None:
+        """sequence_length: S; batches are [rows, S].
+
+        Raises MegalmError for shards that are missing, damaged, empty or of another tokenizer.
+        """
+        if not sources:
+            raise MegalmError("data.sources is empty: name at least one shard folder")
+        opened = OpenShards()
+        self._readers = [ShardReader(source.path, tokenizer, verify_checksums, opened) for source in sources]
+        self._packer = Packer(sequence_length, tokenizer.pad_id, attend_across_documents)
+        self.corpora = [
+            Blended(reader.fingerprint, window_count(reader.tokens_total, sequence_length), source.weight)
+            for reader, source in zip(self._readers, sources, strict=True)
+        ]
+        self.facts = {"sequence_length": sequence_length, "tokenizer": tokenizer.fingerprint}
+
+    def batch(self, rows: Sequence[tuple[int, int] | None], sample_ids: np.ndarray) -> Batch:
+        """A batch of one window (corpus, number) per row; None is a row of padding, masked throughout."""
+        return self._packer.batch([row and (self._readers[row[0]], row[1]) for row in rows], sample_ids)
 
 
 class Packer:

@@ -9,10 +9,12 @@ from megalm.checkpoint import folder as checkpoints
 from megalm.checkpoint import manifest as manifests
 from megalm.checkpoint import tensors
 from megalm.checkpoint.manifest import Manifest
+from megalm.config import AnyConfig
 from megalm.errors import MegalmError
 from megalm.layout import Layout, check_model
-from megalm.models.config import ModelConfig
+from megalm.models.config import ModelConfig, TuningConfig
 from megalm.models.decoder import LayerList, build_model, decoder
+from megalm.models.tuning import tuned
 from megalm.nn.init import spec_of
 from megalm.nn.layers import Layers
 from megalm.tokenizer.base import Tokenizer
@@ -58,7 +60,8 @@ def load_model(
     )
     loaded = _tokenizer(tokenizer or manifest.config["data"]["tokenizer"], config, manifest, folder)
     with torch.device("meta"):  # nothing is allocated before device and dtype are known
-        model = build_model(decoder(config, layers, seed=0, segmented=False), seed=None)
+        specs = decoder(config, layers, seed=0, segmented=False)
+        model = build_model(tuned(specs, tuning_config(folder, manifest), layers), seed=None)
     cuts = {name: spec_of(parameter).shard_dim for name, parameter in model.named_weights().items()}
     if dtype is None:
         dtype = getattr(torch, next(iter(manifest.parameters.values()))["dtype"])
@@ -78,14 +81,29 @@ def model_config(folder: Path, manifest: Manifest) -> ModelConfig:
 
     Raises MegalmError if it holds what this version does not know.
     """
-    described = manifest.config["model"] | {"attention_backend": "auto", "norm_implementation": "auto"}
+    return _described(
+        ModelConfig, "model", {"attention_backend": "auto", "norm_implementation": "auto"}, folder, manifest
+    )
+
+
+def tuning_config(folder: Path, manifest: Manifest) -> TuningConfig:
+    """What of the model was trained, which says where it has adapters.
+
+    Raises MegalmError if it holds what this version does not know.
+    """
+    return _described(TuningConfig, "tuning", {}, folder, manifest)
+
+
+def _described(
+    kind: type[AnyConfig], section: str, changes: dict[str, str], folder: Path, manifest: Manifest
+) -> AnyConfig:
     try:
-        return ModelConfig.model_validate(described)
+        return kind.model_validate(manifest.config.get(section, {}) | changes)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise MegalmError(
             f"checkpoint {folder} holds a model this version of megalm does not know: "
-            f"model.{'.'.join(map(str, first['loc']))}: {first['msg']}; use the version that wrote it, "
+            f"{section}.{'.'.join(map(str, first['loc']))}: {first['msg']}; use the version that wrote it, "
             f"{manifest.versions.get('megalm', 'unknown')}"
         ) from None
 

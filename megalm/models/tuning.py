@@ -49,7 +49,9 @@ def projections(name: str, layer: nn.Module) -> list[tuple[str, nn.Module]]:
     """The projections within a layer called `name`, by full name: what has a matrix of weights, in a block."""
     found = layer.named_modules() if name.startswith("blocks.") else ()
     return [
-        (f"{name}.{inner}", module) for inner, module in found if getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        (f"{name}.{inner}", module)
+        for inner, module in found
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
     ]
 
 

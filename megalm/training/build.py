@@ -1,7 +1,7 @@
 """The composition root: the one place that joins the rooms into a run."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ import torch
 from megalm.checkpoint import folder as checkpoints
 from megalm.checkpoint.saver import Saver
 from megalm.config import dump
+from megalm.data.config import SourceConfig
 from megalm.data.loader import Loader, held_out_batches
+from megalm.data.packing import Windows
 from megalm.errors import MegalmError
 from megalm.models import tuning as tunings
 from megalm.models.decoder import LayerSpec, build_model
@@ -29,6 +31,7 @@ from megalm.parallel.engine import Engine
 from megalm.parallel.groups import Groups
 from megalm.parallel.pipeline import pipeline_module
 from megalm.parallel.tensor import TensorParallelLayers
+from megalm.tokenizer.base import Tokenizer
 from megalm.training import resume
 from megalm.training.callbacks.anomalies import Anomalies
 from megalm.training.callbacks.checkpoints import Checkpoints
@@ -160,14 +163,14 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
 
     found, state = joined.decide(begin)
     loader = Loader(
-        config.data,
-        planned.tokenizer,
+        windows(config, planned.tokenizer),
         rank=joined.data_rank,
         size=planned.layout.data,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        sequence_length=config.train.sequence_length,
         seed=config.run.seed,
+        shuffle=config.data.shuffle,
+        prefetch=config.data.prefetch,
         state=state,
         allowed=config.checkpoint.allow_changes,
     )
@@ -220,22 +223,29 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     return run
 
 
+def windows(config: RunConfig, tokenizer: Tokenizer, sources: Sequence[SourceConfig] | None = None) -> Windows:
+    """The samples of a pretraining run, or of `sources` instead of those it trains on."""
+    return Windows(
+        config.data.sources if sources is None else sources,
+        tokenizer,
+        config.train.sequence_length,
+        attend_across_documents=config.data.attend_across_documents,
+        verify_checksums=config.data.verify_checksums,
+    )
+
+
 def _held_out(planned: Plan, joined: Groups) -> dict[str, list[engine.MicroBatch]]:
     """This rank's micro-batches of every held-out corpus, by the shortest end of its path that tells it apart."""
-    data, train = planned.config.data, planned.config.train
+    data = planned.config.data
     return {
         name: [
             tensors(batch)
             for batch in held_out_batches(
-                source,
-                planned.tokenizer,
+                windows(planned.config, planned.tokenizer, [source]),
                 rank=joined.data_rank,
                 size=planned.layout.data,
-                micro_batch_size=train.micro_batch_size,
-                sequence_length=train.sequence_length,
+                micro_batch_size=planned.config.train.micro_batch_size,
                 sequences=planned.config.evaluate.sequences,
-                attend_across_documents=data.attend_across_documents,
-                verify_checksums=data.verify_checksums,
             )
         ]
         for name, source in zip(_short_names([source.path for source in data.held_out]), data.held_out, strict=True)

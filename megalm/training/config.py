@@ -12,6 +12,7 @@ from megalm.models.config import ModelConfig, TuningConfig
 from megalm.optim.config import OptimizerConfig, ScheduleConfig
 from megalm.parallel.config import ParallelConfig
 from megalm.parallel.deepspeed_config import check_pass_through
+from megalm.sft.config import TaskConfig
 
 
 class RunSection(Config):
@@ -79,6 +80,8 @@ class RunConfig(Config):
     """Learning rate."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout over ranks."""
+    task: TaskConfig | None = None
+    """Fine-tuning on rows of labelled data. Default: pretraining on shards."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
     evaluate: EvaluateSection = EvaluateSection()

@@ -18,7 +18,7 @@ from megalm.data.batch import Batch
 from megalm.data.config import DataConfig, SourceConfig
 from megalm.data.index import ShardReader
 from megalm.data.loader import Loader, held_out_batches
-from megalm.data.packing import Packer, window_count
+from megalm.data.packing import Packer, Windows, window_count
 from megalm.errors import MegalmError
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.train import train
@@ -124,10 +124,19 @@ def make(config: DataConfig, tokenizer: Tokenizer, **changes: Any) -> Loader:
         "size": 1,
         "global_batch_size": 48,
         "micro_batch_size": 1,
-        "sequence_length": LENGTH,
         "seed": 1,
-    }
-    return Loader(config, tokenizer, **(settings | changes))
+        "shuffle": config.shuffle,
+        "prefetch": config.prefetch,
+    } | changes
+    length = settings.pop("sequence_length", LENGTH)
+    samples = Windows(
+        config.sources,
+        tokenizer,
+        length,
+        attend_across_documents=config.attend_across_documents,
+        verify_checksums=config.verify_checksums,
+    )
+    return Loader(samples, **settings)
 
 
 def rows_of(batches: list[Batch]) -> dict[int, list[int]]:
@@ -311,11 +320,12 @@ def test_an_error_while_reading_ahead_reaches_the_consumer(
 def test_a_program_that_never_closes_its_loader_ends(folder: Path, tokenizer_path: Path, interrupted: bool) -> None:
     script = f"""
 import sys
-from megalm.data.config import DataConfig, SourceConfig
+from megalm.data.config import SourceConfig
 from megalm.data.loader import Loader
+from megalm.data.packing import Windows
 from megalm.tokenizer.load import load
-loader = Loader(DataConfig(sources=[SourceConfig(path={str(folder)!r})]), load({str(tokenizer_path)!r}), rank=0, size=1,
-                global_batch_size=4, micro_batch_size=4, sequence_length=64, seed=0)
+samples = Windows([SourceConfig(path={str(folder)!r})], load({str(tokenizer_path)!r}), 64)
+loader = Loader(samples, rank=0, size=1, global_batch_size=4, micro_batch_size=4, seed=0)
 next(loader)
 print("read", flush=True)
 try:
@@ -343,15 +353,8 @@ def test_held_out_windows_each_once_over_all_ranks(
     source = SourceConfig(path=str(second_folder))
 
     def batches(rank: int) -> Iterator[Batch]:
-        return held_out_batches(
-            source,
-            tokenizer,
-            rank=rank,
-            size=size,
-            micro_batch_size=micro,
-            sequence_length=LENGTH,
-            sequences=sequences,
-        )
+        samples = Windows([source], tokenizer, LENGTH)
+        return held_out_batches(samples, rank=rank, size=size, micro_batch_size=micro, sequences=sequences)
 
     ranks = [list(batches(rank)) for rank in range(size)]
     assert len({len(mine) for mine in ranks}) == 1
@@ -374,14 +377,6 @@ def test_held_out_windows_each_once_over_all_ranks(
     assert [rows[n] for n in range(count)] == spaced
 
 
-def test_held_out_refuses_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_windows_refuse_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(MegalmError, match="there is no shard folder"):
-        held_out_batches(
-            SourceConfig(path=str(tmp_path / "none")),
-            tokenizer,
-            rank=0,
-            size=1,
-            micro_batch_size=1,
-            sequence_length=8,
-            sequences=1,
-        )
+        Windows([SourceConfig(path=str(tmp_path / "none"))], tokenizer, 8)

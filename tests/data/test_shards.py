@@ -322,13 +322,14 @@ import resource, sys
 from megalm.data.config import DataConfig, SourceConfig
 from megalm.data.index import OpenShards
 from megalm.data.loader import Loader
+from megalm.data.packing import Windows
 from megalm.errors import MegalmError
 from megalm.tokenizer.load import load
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 config = DataConfig(sources=[SourceConfig(path=path) for path in sys.argv[2:]], tokenizer=sys.argv[1])
-sizes = dict(rank=0, size=1, global_batch_size=4, micro_batch_size=4, sequence_length=16, seed=0)
-with Loader(config, load(sys.argv[1]), **sizes) as loader:
+sizes = dict(rank=0, size=1, global_batch_size=4, micro_batch_size=4, seed=0)
+with Loader(Windows(config.sources, load(sys.argv[1]), 16), **sizes) as loader:
     for _ in range(1000):
         next(loader)
 open_shards = OpenShards(1000)

@@ -133,7 +133,10 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         "tuning": {"method": "lora", "rank": 4, "also_train": ["*norm*"], "neftune_alpha": 5.0},
     },
     "dora": {"model": BIASES, "tuning": {"method": "dora", "rank": 4, "freeze": ["blocks.1.*"], "layer_decay": 0.8}},
-    "dora-heads": {"model": {"num_key_value_heads": 8}, "tuning": {"method": "dora", "rank": 2, "targets": ["query", "value", "down"]}},
+    "dora-heads": {
+        "model": {"num_key_value_heads": 8},
+        "tuning": {"method": "dora", "rank": 2, "targets": ["query", "value", "down"]},
+    },
 }
 """Sets of features, each like a model that exists where there is one. Clipping bites in all but one of them."""
 

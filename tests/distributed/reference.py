@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megalm.data.batch import Batch
 from megalm.data.loader import Loader
+from megalm.data.packing import Windows
 from megalm.models.decoder import LayerList, build_model
 from megalm.models.tuning import freeze, rate_scale, tuned_decoder
 from megalm.nn.init import spec_of
@@ -48,15 +49,21 @@ class Trace:
 def batches(config: RunConfig, rank: int, size: int) -> Iterator[list[Batch]]:
     """Every step's micro-batches of one data-parallel rank, from the real loader, with the masks of this test."""
     train = config.train
+    data = config.data
+    samples = Windows(
+        data.sources,
+        load_tokenizer(data.tokenizer),
+        train.sequence_length,
+        attend_across_documents=data.attend_across_documents,
+    )
     with Loader(
-        config.data,
-        load_tokenizer(config.data.tokenizer),
+        samples,
         rank=rank,
         size=size,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
-        sequence_length=train.sequence_length,
         seed=config.run.seed,
+        shuffle=data.shuffle,
     ) as loader:
         for _ in range(train.steps):
             yield [masked(batch, train.global_batch_size) for batch in next(loader)[0]]

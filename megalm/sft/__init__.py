@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: what rows of labelled data become, which head a model gets, and how it is scored."""

@@ -1,0 +1,42 @@
+"""What a fine-tuning run learns from its rows."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megalm.config import Config
+
+TaskKind = Literal[
+    "chat",
+    "summarization",
+    "translation",
+    "dialogue",
+    "continuation",
+    "text_classification",
+    "pair_classification",
+    "token_classification",
+    "relation_extraction",
+    "question_answering",
+]
+
+
+class TaskConfig(Config):
+    """Fine-tuning: data.sources and data.held_out then name files of rows (JSONL, JSON, Parquet), not shards."""
+
+    kind: TaskKind = "chat"
+    """What a row is. The first five train the language model on text, the others give the model a head of its own."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of the data's columns, by what they are (docs/tasks.md). Default: the usual ones of the kind."""
+    template: str = "auto"
+    """Chat template: `auto` (the tokenizer's own, else chatml), `chatml`, `llama3`, `qwen`, or a Jinja file."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Trained tokens: the assistant's, those of its last turn, or all. The end of a turn belongs to it."""
+    arrangement: Literal["packed", "padded", "sorted"] = "packed"
+    """`packed`: several examples in a row, each isolated; `padded`: one in a row; `sorted`: one, rows of like length
+    together, so that less is padding."""
+    long_examples: Literal["refuse", "drop", "truncate"] = "truncate"
+    """What becomes of an example longer than train.sequence_length. Either is counted."""
+    labels: list[str] = Field(default_factory=list)
+    """Names of the classes, in the order of their numbers. Default: those in the training rows, sorted."""
+    multi_label: bool = False
+    """text_classification: a row may have any number of labels, as a list."""

@@ -1,0 +1,21 @@
+"""The seam between rows of data and the trainer: what every kind of fine-tuning says of itself."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from megalm.data.examples import Example
+
+
+class Refused(Exception):
+    """A row that cannot be trained on, and why, in a few words; it is counted under them and left out."""
+
+
+class Task(Protocol):
+    """A kind of fine-tuning, made for one config and one tokenizer."""
+
+    def examples(self, row: Mapping[str, Any]) -> list[Example]:
+        """What the model learns from a row: one example, or several where a row is cut into windows.
+
+        Raises Refused for a row that says nothing (an empty answer, a missing column, an unknown label).
+        """
+        ...
