@@ -49,8 +49,8 @@ def to_peft(checkpoint: Path, output: Path) -> int:
             entry = theirs[f"{module}.weight"]
             if type(entry.mapping) is not Same:
                 raise MegalmError(
-                    f"{architecture.model_type} keeps {module} in another form ({entry.theirs}), which peft would adapt "
-                    "otherwise: leave out --adapter, which merges the adapters"
+                    f"{architecture.model_type} keeps {module} in another form ({entry.theirs}), which peft would "
+                    "adapt otherwise: leave out --adapter, which merges the adapters"
                 )
             target = entry.theirs.removesuffix(".weight")
             modules.append(target)

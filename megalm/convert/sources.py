@@ -89,7 +89,7 @@ class Source(ABC):
 
 
 class CheckpointSource(Source):
-    """A checkpoint of any layout. Its weights are those that compute what it computes: adapters are merged into them."""
+    """A checkpoint of any layout. Adapters are merged into its weights, which so compute what it computes."""
 
     tuning: TuningConfig
     adapters: dict[str, tuple[int, ...]]

@@ -47,12 +47,10 @@ def tuned(specs: Sequence[LayerSpec], tuning: TuningConfig, layers: Layers, head
 
 def projections(name: str, layer: nn.Module) -> list[tuple[str, nn.Module]]:
     """The projections within a layer called `name`, by full name: what has a matrix of weights, in a block."""
-    found = layer.named_modules() if name.startswith("blocks.") else ()
-    return [
-        (f"{name}.{inner}", module)
-        for inner, module in found
-        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
-    ]
+    if not name.startswith("blocks."):
+        return []
+    found = ((f"{name}.{inner}", module, getattr(module, "weight", None)) for inner, module in layer.named_modules())
+    return [(full, module) for full, module, weight in found if isinstance(weight, nn.Parameter) and weight.ndim == 2]
 
 
 def is_target(projection: str, patterns: Iterable[str]) -> bool:
@@ -128,7 +126,7 @@ def check(shapes: Mapping[str, tuple[int, ...]], tuning: TuningConfig, *, tied: 
         for key, given in (("body_rate", tuning.body_rate != 1.0), ("head_first_steps", tuning.head_first_steps)):
             if given:
                 raise MegalmError(
-                    f"tuning.{key} is {getattr(tuning, key)} and the model has no task head (layer {HEAD}): leave it out"
+                    f"tuning.{key} is {getattr(tuning, key)} and the model has no task head ({HEAD}): leave it out"
                 )
     if not any(is_trained(name, tuning) for name in names):
         raise MegalmError("tuning.freeze names every parameter, so that nothing is trained: leave some of them out")

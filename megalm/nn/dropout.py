@@ -74,7 +74,10 @@ class Dropout(nn.Module):
 
 
 class EmbeddingNoise(nn.Module):
-    """Adds noise to embeddings while training: uniform within +-alpha / sqrt(seq x hidden) (NEFTune, Jain et al. 2023)."""
+    """Adds noise to embeddings while training: uniform within +-alpha / sqrt(seq x hidden) (Jain et al. 2023, NEFTune).
+
+    Drawn as dropout is, so that no layout changes it.
+    """
 
     def __init__(self, alpha: float, seed: int, row_length: int) -> None:
         """row_length: see token_rows."""

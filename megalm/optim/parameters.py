@@ -13,7 +13,7 @@ def parameter_groups(
     rate_scale: Callable[[str, Parameter], float] = lambda name, parameter: 1.0,
     in_head: Callable[[str, Parameter], bool] = lambda name, parameter: False,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: first of the parameters that `decays` picks, then of the others, each in the order given.
+    """Groups for an optimizer: first of the parameters that `decays` picks, then of the others, in the order given.
 
     A group holds parameters that agree in all of this, and beside them `rate_scale`, their share of the learning rate,
     and `head`, whether `in_head` picks them. Frozen parameters are left out.

@@ -131,7 +131,7 @@ def _require_work_for_all(joined: Groups, trains: bool) -> None:
     if not all(everyone):
         stages = sorted({joined.layout.coordinates(rank)[0] for rank, works in enumerate(everyone) if not works})
         raise MegalmError(
-            f"tuning.freeze leaves pipeline stage {stages[0]} nothing to train: freeze less, or lower parallel.pipeline",
+            f"tuning leaves pipeline stage {stages[0]} nothing to train: freeze less, or lower parallel.pipeline",
             echo=joined.rank > 0,
         )
 

@@ -132,7 +132,10 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"attention_bias": True, "qk_norm": True},
         "tuning": {"method": "lora", "rank": 4, "also_train": ["*norm*"], "neftune_alpha": 5.0},
     },
-    "dora": {"model": BIASES, "tuning": {"method": "dora", "rank": 4, "freeze": ["blocks.1.*"], "layer_decay": 0.8}},
+    "dora": {
+        "model": BIASES,
+        "tuning": {"method": "dora", "rank": 4, "freeze": ["blocks.1.attention.*"], "layer_decay": 0.8},
+    },
     "dora-heads": {
         "model": {"num_key_value_heads": 8},
         "tuning": {"method": "dora", "rank": 2, "targets": ["query", "value", "down"]},
