@@ -27,8 +27,8 @@ def tuned_decoder(
     return tuned(decoder(config, layers, seed=seed, noise=tuning.neftune_alpha, **options), tuning, layers)
 
 
-def tuned(specs: Sequence[LayerSpec], tuning: TuningConfig, layers: Layers, head: str = HEAD) -> list[LayerSpec]:
-    """`specs` with the adapters and the gate of `tuning`. head: the layer that the gate stands before."""
+def tuned(specs: Sequence[LayerSpec], tuning: TuningConfig, layers: Layers) -> list[LayerSpec]:
+    """`specs` with the adapters of `tuning`, and its gate before the head."""
 
     def dress(spec: LayerSpec) -> LayerSpec:
         def build() -> nn.Module:
@@ -38,7 +38,7 @@ def tuned(specs: Sequence[LayerSpec], tuning: TuningConfig, layers: Layers, head
                     if is_target(name, tuning.targets):
                         directional = tuning.method == "dora"
                         adapt(projection, layers, rank=tuning.rank, alpha=tuning.alpha, directional=directional)
-            return gate(layer) if tuning.head_first_steps and spec.name == head else layer
+            return gate(layer) if tuning.head_first_steps and spec.name == HEAD else layer
 
         return replace(spec, build=build)
 

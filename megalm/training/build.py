@@ -311,5 +311,15 @@ def _facts(planned: Plan, device: torch.device) -> dict[str, str]:
         "norm": f"{config.model.norm}, {resolve_norm(config.model.norm_implementation, device.type)}",
         "optimizer": "AdamW, "
         + resolve_implementation(optimizer.implementation, device.type, config.parallel.offload_optimizer),
+        **_tuning_facts(config),
         **({"unproved": planned.unproved} if planned.unproved else {}),
     }
+
+
+def _tuning_facts(config: RunConfig) -> dict[str, str]:
+    tuning = config.tuning
+    if not (tuning.adapts or tuning.freeze):
+        return {}
+    sizes = {name: math.prod(shape) for name, shape in tunings.shapes(config.model, tuning).items()}
+    trained = sum(size for name, size in sizes.items() if tunings.is_trained(name, tuning))
+    return {"tuning": f"{tuning.method}, {trained:,} of {sum(sizes.values()):,} parameters are trained"}
