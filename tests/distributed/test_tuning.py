@@ -154,7 +154,7 @@ def test_another_scale_or_method_is_seen() -> None:
 
 
 def head_first(ours: RunConfig, steps: int) -> tuple[list[float], list[dict[str, Any]]]:
-    """With the language model's head as a task's: gradient norms, and what this rank holds before and after each step."""
+    """With the language model's head as a task's: gradient norms, and what this rank holds before and after steps."""
     from megalm.training.build import build_engine
 
     tunings.HEAD = "head"
