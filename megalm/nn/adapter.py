@@ -80,7 +80,7 @@ def adapt(projection: nn.Module, layers: Layers, *, rank: int, alpha: float, dir
     outputs, inputs = weight.shape
     # The variance of peft's uniform draw, which is Kaiming's with a = sqrt(5): within +-1 / sqrt(in).
     width = inputs * (layers.tensor_size if cut == 1 else 1)
-    made = {
+    made: dict[str, tuple[tuple[int, ...], Spec]] = {
         A: ((rank, inputs), Spec(std=(3 * width) ** -0.5, shard_dim=1 if cut == 1 else None)),
         B: ((outputs, rank), Spec(value=0.0, shard_dim=0 if cut == 0 else None, matrix=True)),
     }

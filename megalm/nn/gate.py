@@ -34,11 +34,13 @@ class Gate:
 
 def gate(layer: nn.Module) -> nn.Module:
     """Put a gate before a layer; returns the layer."""
-    layer.gate = Gate()  # type: ignore[assignment]
-    layer.register_forward_pre_hook(layer.gate)
+    made = Gate()
+    layer.gradient_gate = made  # type: ignore[assignment]
+    layer.register_forward_pre_hook(made)
     return layer
 
 
 def gates(module: nn.Module) -> list[Gate]:
     """Every gate within a module."""
-    return [layer.gate for layer in module.modules() if isinstance(getattr(layer, "gate", None), Gate)]
+    found = (getattr(layer, "gradient_gate", None) for layer in module.modules())
+    return [each for each in found if isinstance(each, Gate)]
