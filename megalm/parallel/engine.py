@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
 from megalm.nn.adapter import MAGNITUDE, A, B, adapter_of
@@ -252,6 +253,8 @@ class _PipelineEngine(Engine):
         super().__init__(*args)
         ours = {ReduceTiedGrads: lambda engine: self._reduce_tied_gradients()}
         self.engine._INSTRUCTION_MAP = self.engine._INSTRUCTION_MAP | ours
+        if hasattr(self.engine.optimizer, "scaled_global_norm"):
+            self._take_part_in_all_norms()
 
     def _train(self, micro_batches: list[MicroBatch]) -> float:
         return self.engine.train_batch(iter(micro_batches)).item()
@@ -269,6 +272,27 @@ class _PipelineEngine(Engine):
     @property
     def _is_dualpipev(self) -> bool:
         return isinstance(self.engine, DualPipeVEngine)
+
+    def _take_part_in_all_norms(self) -> None:
+        """Let every stage join as many sums over stages as the one with the most groups of parameters.
+
+        ZeRO's optimizer sums the norm of one group after the other over all stages. Where layers have rates of their
+        own, or some are frozen, stages differ in how many groups they have: the others would wait for ever.
+        """
+        optimizer = self.engine.optimizer
+        missing = int(self.groups.maximum(len(optimizer.bit16_groups))) - len(optimizer.bit16_groups)
+        of_own_groups = optimizer.scaled_global_norm
+
+        def norm_of_none() -> Tensor:
+            if optimizer.cpu_offload:
+                return optimizer.complete_grad_norm_calculation_for_cpu_offload([])
+            return optimizer.get_grad_norm_direct([], [])
+
+        def scaled_global_norm(norm_type: int = 2) -> Tensor:
+            norms = [of_own_groups(norm_type), *(norm_of_none() for _ in range(missing))]
+            return combine_grad_norm_groups(norms, norm_type=norm_type)
+
+        optimizer.scaled_global_norm = scaled_global_norm
 
     def _reduce_tied_gradients(self) -> None:
         """Sum the gradients of tied layers over the stages that hold a copy.

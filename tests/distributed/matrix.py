@@ -569,6 +569,7 @@ TUNED = [
 LATER = {
     "tuning": [
         *(replace(case, features=features) for features in ("frozen", "lora", "dora") for case in TUNED),
+        Case(pipeline=3, offload=True, micro_batch=6, precision="fp16", features="frozen"),  # a group, four, five
         Case(tensor=4, features="lora"),  # keys and values that all ranks hold whole
         Case(tensor=4, sequence_parallel=True, features="dora"),
     ]
