@@ -19,6 +19,9 @@ def main() -> None:
     there.add_argument("source", type=Path, metavar="CHECKPOINT", help="run folder (its newest) or .../step-N")
     there.add_argument("--dtype", choices=["bf16", "fp32", "fp16"], help="default: that of the run's forward pass")
     there.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: %(default)s)")
+    there.add_argument(
+        "--adapter", action="store_true", help="write the adapters alone, for peft; by default they are merged"
+    )
     back = directions.add_parser("from-hf", help="a Hugging Face folder -> a checkpoint of step 0")
     back.add_argument("source", type=Path, metavar="DIR", help="folder with config.json and safetensors files")
     for direction in (there, back):
@@ -34,6 +37,12 @@ def main() -> None:
         )
     arguments = parser.parse_args()
 
+    if getattr(arguments, "adapter", False):
+        from megalm.convert.adapter import to_peft
+
+        written = to_peft(arguments.source, arguments.output)
+        print(f"{arguments.output}: adapters for peft, {written / 1e6:.2f} MB")
+        return
     from megalm.convert.conversion import from_hf, to_hf  # imports torch, which takes seconds
 
     started = time.monotonic()

@@ -16,7 +16,9 @@ from megalm.convert import architectures
 from megalm.convert.folder import CONFIG_FILE, Weights, read_json
 from megalm.convert.mapping import Same, Vocabulary
 from megalm.errors import MegalmError
-from megalm.models.config import ModelConfig, saved_config
+from megalm.models import tuning as tunings
+from megalm.models.config import ModelConfig, TuningConfig, saved_config
+from megalm.nn.adapter import ADAPTERS, MAGNITUDE, A, B, merged
 
 TABLES = ("embedding.table.weight", "head.weight")
 """Weights with a row per token id, and rows of zeros that pad them."""
@@ -86,7 +88,11 @@ class Source(ABC):
 
 
 class CheckpointSource(Source):
-    """A checkpoint of any layout."""
+    """A checkpoint of any layout. Adapters are merged into its weights, which so compute what it computes."""
+
+    tuning: TuningConfig
+    adapters: dict[str, tuple[int, ...]]
+    """Full name -> shape of every parameter of its adapters, which saved() gives."""
 
     def __init__(self, path: Path):
         """path: a run folder (its newest), or a checkpoint folder.
@@ -98,10 +104,12 @@ class CheckpointSource(Source):
         self.files = tensors.weight_files(self.manifest)
         checkpoints.refuse_damaged(folder, manifests.faults(folder, self.manifest, self.files, checksums=False))
         version = self.manifest.versions.get("megalm", "unknown")
-        self.config = saved_config(self.manifest.config["model"], folder, version)
-        self.dtypes = {name: entry["dtype"] for name, entry in self.manifest.parameters.items()}
-        self.shapes = {name: tuple(entry["shape"]) for name, entry in self.manifest.parameters.items()}
-        if self.shapes != architectures.shapes(self.config):
+        self.config, self.tuning = saved_config(self.manifest.config, folder, version)
+        saved = {name: tuple(entry["shape"]) for name, entry in self.manifest.parameters.items()}
+        self.shapes = architectures.shapes(self.config)
+        self.adapters = {name: shape for name, shape in saved.items() if name.rpartition(".")[2] in ADAPTERS}
+        self.dtypes = {name: self.manifest.parameters[name]["dtype"] for name in self.shapes if name in saved}
+        if saved != tunings.shapes(self.config, self.tuning):
             raise MegalmError(
                 f"checkpoint {folder} holds other weights than its config describes: use the version of megalm that "
                 f"wrote it, {version}"
@@ -116,7 +124,17 @@ class CheckpointSource(Source):
         self._reader.__exit__(*exception)
 
     def _rows(self, name: str, first: int, last: int) -> Tensor:
-        shape = self.shapes[name]
+        rows = self.saved(name, first, last)
+        module, _, kind = name.rpartition(".")
+        if kind != "weight" or f"{module}.{A}" not in self.adapters:
+            return rows
+        left, right = self.saved(f"{module}.{A}", 0, self.tuning.rank), self.saved(f"{module}.{B}", first, last)
+        magnitude = self.saved(f"{module}.{MAGNITUDE}", first, last) if self.tuning.method == "dora" else None
+        return merged(rows, left, right, self.tuning.alpha / self.tuning.rank, magnitude)
+
+    def saved(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first..last of a parameter as it was saved, fp32."""
+        shape = self.shapes.get(name) or self.adapters[name]
         width = math.prod(shape[1:])
         flat = self._reader.stretch(name, WEIGHT, None, 0, 1, first * width, (last - first) * width)
         return flat.view(last - first, *shape[1:])

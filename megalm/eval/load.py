@@ -11,8 +11,9 @@ from megalm.checkpoint.manifest import Manifest
 from megalm.errors import MegalmError
 from megalm.layout import Layout, check_model
 from megalm.models.config import ModelConfig, saved_config
-from megalm.models.decoder import LayerList, build_model, decoder
+from megalm.models.decoder import LayerList, build_model
 from megalm.models.stage import Pipe, Stage
+from megalm.models.tuning import tuned_decoder
 from megalm.nn.init import spec_of
 from megalm.nn.layers import Layers
 from megalm.tokenizer.base import Tokenizer
@@ -48,7 +49,7 @@ def load_model(
     manifest = checkpoints.verify(folder, ranks, checksums=False)
     mine = manifests.faults(folder, manifest, sorted(tensors.weight_files(manifest))[ranks.rank :: ranks.size])
     checkpoints.refuse_damaged(folder, sorted(fault for part in ranks.gather(mine) for fault in part))
-    config = saved_config(manifest.config["model"], folder, manifest.versions.get("megalm", "unknown"))
+    config, tuning = saved_config(manifest.config, folder, manifest.versions.get("megalm", "unknown"))
     if pipe and config.num_layers < pipe.stages:
         raise MegalmError(
             f"the model of checkpoint {folder} has {config.num_layers} layers and cannot be cut into {pipe.stages} "
@@ -66,7 +67,7 @@ def load_model(
     )
     loaded = _tokenizer(tokenizer or manifest.config["data"]["tokenizer"], config, manifest, folder)
     with torch.device("meta"):  # nothing is allocated before device, dtype and this rank's part are known
-        whole = build_model(decoder(config, layers, seed=0, segmented=False), seed=None)
+        whole = build_model(tuned_decoder(config, tuning, layers, seed=0, segmented=False), seed=None)
     cuts = {name: spec_of(parameter).shard_dim for name, parameter in whole.named_weights().items()}
     _refuse_other_weights(whole, folder, manifest, cuts, layers)
     model = Stage(whole, config, pipe) if pipe else whole

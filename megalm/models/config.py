@@ -1,11 +1,20 @@
-"""A whole model: the block's sizes, how many of them, and both ends."""
+"""A whole model: the block's sizes, how many of them, both ends; and what of it is trained."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
+from megalm.config import Config
 from megalm.errors import MegalmError
 from megalm.nn.config import BlockConfig
 
@@ -75,17 +84,64 @@ class ModelConfig(BlockConfig):
         return tables + self.num_layers * (2 * norm + attention + feed_forward) + norm
 
 
-def saved_config(saved: Mapping[str, Any], folder: Path, version: str) -> ModelConfig:
-    """The model of a checkpoint, with kernels chosen anew: those of the machine that trained it may not be here.
+class TuningConfig(Config):
+    """What of the model is trained, and how fast each part of it."""
 
-    saved: the section `model` of its config. version: of megalm, that wrote it. Raises MegalmError if this version does
-    not know what it holds.
+    method: Literal["full", "lora", "dora"] = "full"
+    """`full` trains the weights themselves; `lora` (Hu et al. 2021) and `dora` (Liu et al. 2024) freeze them and train
+    low-rank adapters beside projections, and a task's head."""
+    rank: PositiveInt = 8
+    """lora, dora: rank of an adapter."""
+    alpha: PositiveFloat = 16.0
+    """lora, dora: adapters are scaled by alpha / rank."""
+    targets: list[str] = ["*.attention.*", "*.feed_forward.*"]
+    """lora, dora: patterns of the projections that get an adapter; each matches a full name
+    (`blocks.3.attention.query`) or the end of one (`query`)."""
+    also_train: list[str] = []
+    """lora, dora: patterns of full parameter names that are trained beside the adapters, such as `*norm*`."""
+    freeze: list[str] = []
+    """Patterns of full parameter names that are not trained, such as `embedding.*` or `blocks.[0-3].*`."""
+    layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Layer-wise decay of the learning rate: the head and the last norm have the full one, each block below this share
+    of the one above it, embeddings the lowest (Clark et al. 2020, ELECTRA)."""
+    body_rate: PositiveFloat = 1.0
+    """Learning rate of all but a task's head, as a share of the head's."""
+    head_first_steps: NonNegativeInt = 0
+    """First steps in which only a task's head moves; what is below it has gradients of zero and stays."""
+    neftune_alpha: NonNegativeFloat = 0.0
+    """Noise on embeddings in training, uniform within ± this / sqrt(sequence_length x hidden_size) (NEFTune, Jain et
+    al. 2023)."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether there are adapters."""
+        return self.method != "full"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TuningConfig":
+        if self.also_train and not self.adapts:
+            raise ValueError("also_train needs method lora or dora: full trains all that freeze does not name")
+        if self.adapts and not self.targets:
+            raise ValueError(f"targets is empty and method is {self.method}: name a projection, such as query")
+        return self
+
+
+def saved_config(saved: Mapping[str, Any], folder: Path, version: str) -> tuple[ModelConfig, TuningConfig]:
+    """The model of a checkpoint, with kernels chosen anew (those of the machine that trained it may not be here), and
+    what of it was trained, which says where it has adapters.
+
+    saved: its config. version: of megalm, that wrote it. Raises MegalmError if this version does not know what it
+    holds.
     """
+    model = {**saved["model"], "attention_backend": "auto", "norm_implementation": "auto"}
+    section = "model"
     try:
-        return ModelConfig.model_validate({**saved, "attention_backend": "auto", "norm_implementation": "auto"})
+        config = ModelConfig.model_validate(model)
+        section = "tuning"
+        return config, TuningConfig.model_validate(saved.get("tuning", {}))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise MegalmError(
             f"checkpoint {folder} holds a model this version of megalm does not know: "
-            f"model.{'.'.join(map(str, first['loc']))}: {first['msg']}; use the version that wrote it, {version}"
+            f"{section}.{'.'.join(map(str, first['loc']))}: {first['msg']}; use the version that wrote it, {version}"
         ) from None

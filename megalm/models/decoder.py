@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megalm.models.config import ModelConfig
 from megalm.nn.block import Block, Recompute
+from megalm.nn.dropout import EmbeddingNoise, token_rows
 from megalm.nn.init import initialize
 from megalm.nn.layers import Layers
 from megalm.nn.norm import hidden_norm
@@ -29,16 +30,23 @@ class LayerSpec:
 class Embedding(nn.Module):
     """Token ids [batch, seq] -> hidden states. Layer: (tokens, segment_ids, positions, sample_ids) -> stream."""
 
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers, *, noise: float = 0.0, seed: int = 0) -> None:
+        """noise: NEFTune's alpha."""
         super().__init__()
         assert config.vocab_size is not None, "the tokenizer's size is filled in before a model is built"
+        self.layers = layers
         self.table = layers.embedding(
             config.vocab_size, config.padded_vocab_size(), config.hidden_size, std=config.init_std
         )
+        self.noise = EmbeddingNoise(noise, seed, config.max_position_embeddings)
 
     def forward(self, stream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        tokens, *rest = stream
-        return self.table(tokens.flatten()), *rest
+        tokens, segment_ids, positions, sample_ids = stream
+        hidden = self.table(tokens.flatten())
+        if self.noise.active:
+            rows = self.layers.split(token_rows(positions, sample_ids, self.noise.row_length))
+            hidden = self.noise(hidden, rows, positions.shape[1])
+        return hidden, segment_ids, positions, sample_ids
 
 
 def _weight(table: nn.Module) -> nn.Parameter:
@@ -89,12 +97,18 @@ class Head(nn.Module):
 
 
 def decoder(
-    config: ModelConfig, layers: Layers, *, seed: int, segmented: bool = True, recompute: Recompute = "none"
+    config: ModelConfig,
+    layers: Layers,
+    *,
+    seed: int,
+    segmented: bool = True,
+    recompute: Recompute = "none",
+    noise: float = 0.0,
 ) -> list[LayerSpec]:
     """The layers of `config`, in order.
 
     seed: of dropout. segmented: False promises that every row is one segment. recompute: what is computed again in the
-    backward pass.
+    backward pass. noise: on embeddings, NEFTune's alpha.
     """
     output_std = config.init_std
     if config.scale_output_init:
@@ -112,7 +126,7 @@ def decoder(
             recompute=recompute,
         )
 
-    specs = [LayerSpec("embedding", lambda: Embedding(config, layers))]
+    specs = [LayerSpec("embedding", lambda: Embedding(config, layers, noise=noise, seed=seed))]
     if config.position in ("learned", "sinusoidal") or config.hidden_dropout:
         specs.append(LayerSpec("positions", lambda: PositionTable(config, layers, std=config.init_std, seed=seed)))
     specs += [LayerSpec(f"blocks.{i}", block(f"blocks.{i}")) for i in range(config.num_layers)]

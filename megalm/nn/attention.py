@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megalm.nn.adapter import adapter_of
 from megalm.nn.cache import KeyValueCache
 from megalm.nn.config import BlockConfig
 from megalm.nn.dropout import AttentionDropout, Dropout
@@ -125,7 +126,9 @@ class Attention(nn.Module):
         weight, bias = projection.weight, projection.bias
         assert isinstance(weight, Tensor)
         weight = self.layers.partial(weight)[rows]
-        return F.linear(source, weight, self.layers.partial(bias)[rows] if isinstance(bias, Tensor) else None)
+        out = F.linear(source, weight, self.layers.partial(bias)[rows] if isinstance(bias, Tensor) else None)
+        adapter = adapter_of(projection)  # whose hook only sees calls of the whole projection
+        return out if adapter is None else adapter.add(projection, source, out, rows)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Mask) -> Tensor:
         """Values mixed by attention, with the shape of q."""

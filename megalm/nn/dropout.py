@@ -6,6 +6,7 @@ moment that computes it. The function is the finaliser of SplitMix64 (Steele et 
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # int64 arithmetic wraps, so constants are
 _FIRST = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND = 0x94D049BB133111EB - 2**64
 _UNIT = 2**32
+_BITS = 24
+"""Of a number that EmbeddingNoise draws."""
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -68,6 +71,32 @@ class Dropout(nn.Module):
         columns = torch.arange(x.shape[1], device=x.device)
         kept = _kept(mix(mix(self.key, rows)[:, None], columns), self.p)
         return x.masked_fill(~kept, 0.0) * (1 / (1 - self.p))
+
+
+class EmbeddingNoise(nn.Module):
+    """Adds noise to embeddings while training: uniform within +-alpha / sqrt(seq x hidden) (Jain et al. 2023, NEFTune).
+
+    Drawn as dropout is, so that no layout changes it.
+    """
+
+    def __init__(self, alpha: float, seed: int, row_length: int) -> None:
+        """row_length: see token_rows."""
+        super().__init__()
+        self.alpha = alpha
+        self.row_length = row_length
+        self.key = site_key(seed, "embedding.noise")
+
+    @property
+    def active(self) -> bool:
+        return self.training and self.alpha > 0
+
+    def forward(self, x: Tensor, rows: Tensor, seq: int) -> Tensor:
+        """x [rows, hidden]; rows [rows] from token_rows; seq: length of the samples."""
+        columns = torch.arange(x.shape[1], device=x.device)
+        drawn = _shift_right(mix(mix(self.key, rows)[:, None], columns), 64 - _BITS)
+        # odd numbers between -2^24 and 2^24, which fp32 holds exactly
+        odd = (2 * drawn + 1 - (1 << _BITS)).float()
+        return x + (odd * (self.alpha / math.sqrt(seq * x.shape[1]) / (1 << _BITS))).to(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,18 @@ class Spec:
 
     std: normal with this deviation; None: filled with `value`. shard_dim: dimension along which the full tensor is
     the concatenation of the ranks' slices; None: every rank holds it whole. drawn_rows: rows beyond are zero.
-    decay: whether weight decay applies.
+    matrix: a filled tensor that is a matrix all the same. decay: whether weight decay applies.
     """
 
     std: float | None = None
     value: float = 0.0
     shard_dim: int | None = None
     drawn_rows: int | None = None
+    matrix: bool = False
 
     @property
     def decay(self) -> bool:
-        return self.std is not None
+        return self.std is not None or self.matrix
 
 
 def declare(parameter: Tensor, spec: Spec) -> None:

@@ -67,6 +67,14 @@ class Layers:
         """A whole parameter of which this rank uses a part of the outputs, so its gradient is a partial sum."""
         return parameter
 
+    def reduce(self, x: Tensor) -> Tensor:
+        """Hidden states from this rank's share of a sum over ranks: [tokens, width] -> as hidden states are cut."""
+        return x
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum of all ranks' x, which autograd does not see."""
+        return x.detach()
+
     def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Logits from an embedding table: [tokens, hidden] x [rows / T, hidden] -> [tokens, rows / T]."""
         return F.linear(hidden, weight)

@@ -16,10 +16,13 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
+from megalm.nn.adapter import MAGNITUDE, A, B, adapter_of
+from megalm.nn.gate import gates
 from megalm.parallel.groups import Groups, quiet
-from megalm.parallel.state import Piece, State, pieces
+from megalm.parallel.state import WEIGHT, Piece, State, pieces
 
 MicroBatch = tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 LossFunction = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
@@ -85,15 +88,21 @@ class Engine(ABC):
         self._norm = math.nan
         self.state = State(engine)
         self.num_parameters = self._count()
+        self._gates = gates(self.module)
 
     @property
     def module(self) -> nn.Module:
         return self.engine.module
 
-    def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
-        """Forward, backward and update over one rank's share of a global batch."""
+    def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float, head_only: bool = False) -> StepResult:
+        """Forward, backward and update over one rank's share of a global batch.
+
+        head_only: what is not in a head has no gradient and keeps its place (optim.parameters, nn.gate).
+        """
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = 0.0 if head_only and not group["head"] else learning_rate * group["rate_scale"]
+        for gate in self._gates:
+            gate.is_open = not head_only
         self._guard.open()
         weighted, tokens = self._weigh(micro_batches, len(micro_batches))
         loss = self._train(weighted)
@@ -118,6 +127,27 @@ class Engine(ABC):
         otherwise all that this rank holds. Views, valid until the next step."""
         return pieces(self.state, self._named(layer_names, owned), self.groups, owned=owned)
 
+    @torch.no_grad()
+    def set_magnitudes(self) -> None:
+        """Start DoRA's magnitudes at the row norms of the weights that are there now, rounded as the forward pass sees
+        them. All ranks call it.
+
+        The sums are fp64, so that how a layout cuts the rows does not show in them.
+        """
+        for module in self.module.modules():
+            adapter = adapter_of(module)
+            if adapter is None or not adapter.directional:
+                continue
+            magnitude = module.get_parameter(MAGNITUDE)
+            parts = [module.get_parameter(name) for name in ("weight", A, B)]
+            with deepspeed.zero.GatheredParameters(parts, enabled=hasattr(magnitude, "ds_id")):
+                norms = adapter.row_norms(module, dtype=torch.float64).to(magnitude.dtype)
+            held = self.state.stretch(magnitude)
+            if held is not None:
+                start, tensors = held
+                tensors[WEIGHT].copy_(norms[start : start + tensors[WEIGHT].numel()])
+        self.state.publish()
+
     def _weigh(self, micro_batches: Sequence[MicroBatch], count: int) -> tuple[list[MicroBatch], int]:
         """Turn each loss mask into weights under which the engine's averaging over micro-batches and ranks gives
         the sum over trained tokens divided by their global number."""
@@ -140,12 +170,9 @@ class Engine(ABC):
 
     def _named(self, layer_names: Sequence[str], owned: bool) -> Iterator[tuple[str, nn.Parameter]]:
         """This stage's parameters under their full names. owned: those of tied layers at one stage only."""
-        for name, parameter in self.module.named_parameters():
-            if owned and getattr(parameter, "ds_pipe_replicated", False):
-                continue
-            layer, suffix = name.split(".", 1)
-            # DeepSpeed keeps tied layers under tied_modules.NAME, all others under their index.
-            yield suffix if layer == "tied_modules" else f"{layer_names[int(layer)]}.{suffix}", parameter
+        for name, parameter in full_names(self.module, layer_names):
+            if not (owned and getattr(parameter, "ds_pipe_replicated", False)):
+                yield name, parameter
 
     @abstractmethod
     def _train(self, micro_batches: list[MicroBatch]) -> float: ...
@@ -226,6 +253,8 @@ class _PipelineEngine(Engine):
         super().__init__(*args)
         ours = {ReduceTiedGrads: lambda engine: self._reduce_tied_gradients()}
         self.engine._INSTRUCTION_MAP = self.engine._INSTRUCTION_MAP | ours
+        if hasattr(self.engine.optimizer, "scaled_global_norm"):
+            self._take_part_in_all_norms()
 
     def _train(self, micro_batches: list[MicroBatch]) -> float:
         return self.engine.train_batch(iter(micro_batches)).item()
@@ -244,6 +273,27 @@ class _PipelineEngine(Engine):
     def _is_dualpipev(self) -> bool:
         return isinstance(self.engine, DualPipeVEngine)
 
+    def _take_part_in_all_norms(self) -> None:
+        """Let every stage join as many sums over stages as the one with the most groups of parameters.
+
+        ZeRO's optimizer sums the norm of one group after the other over all stages. Where layers have rates of their
+        own, or some are frozen, stages differ in how many groups they have: the others would wait for ever.
+        """
+        optimizer = self.engine.optimizer
+        missing = int(self.groups.maximum(len(optimizer.bit16_groups))) - len(optimizer.bit16_groups)
+        of_own_groups = optimizer.scaled_global_norm
+
+        def norm_of_none() -> Tensor:
+            if optimizer.cpu_offload:
+                return optimizer.complete_grad_norm_calculation_for_cpu_offload([])
+            return optimizer.get_grad_norm_direct([], [])
+
+        def scaled_global_norm(norm_type: int = 2) -> Tensor:
+            norms = [of_own_groups(norm_type), *(norm_of_none() for _ in range(missing))]
+            return combine_grad_norm_groups(norms, norm_type=norm_type)
+
+        optimizer.scaled_global_norm = scaled_global_norm
+
     def _reduce_tied_gradients(self) -> None:
         """Sum the gradients of tied layers over the stages that hold a copy.
 
@@ -254,6 +304,8 @@ class _PipelineEngine(Engine):
         """
         engine, ranks = self.engine, self.groups.layout.data
         for weight, stages in engine.module.get_tied_weights_and_groups():
+            if not weight.requires_grad:
+                continue
             if engine.using_bf16_optimizer:
                 gradient = weight._hp_grad
             elif engine.zero_optimization():
@@ -264,6 +316,14 @@ class _PipelineEngine(Engine):
             dist.all_reduce(gradient, group=self.groups.data_group)
             dist.all_reduce(gradient, group=stages)
             gradient /= ranks
+
+
+def full_names(module: nn.Module, layer_names: Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a model or of a stage of it, by their full names."""
+    for name, parameter in module.named_parameters():
+        layer, suffix = name.split(".", 1)
+        # DeepSpeed keeps tied layers under tied_modules.NAME, all others under their index.
+        yield suffix if layer == "tied_modules" else f"{layer_names[int(layer)]}.{suffix}", parameter
 
 
 def partition(layer: nn.Module, groups: Groups, config: dict[str, Any], dtype: torch.dtype) -> None:

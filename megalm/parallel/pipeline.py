@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import Tensor, nn
@@ -26,8 +27,17 @@ class Spec(Protocol):
     def tied_to(self) -> str | None: ...
 
 
+def _ask_for_gradients(layer: nn.Module, inputs: Any, stream: tuple[Tensor, ...]) -> None:
+    """A forward hook: hidden states want gradients even where nothing before them is trained, because the engine starts
+    each stage's backward pass from the hidden states it sent."""
+    if torch.is_grad_enabled() and not stream[0].requires_grad:
+        stream[0].requires_grad_()
+
+
 def _initialized(spec: Spec, layers: Layers, seed: int) -> nn.Module:
     module = spec.build()
+    if spec.name == "embedding":
+        module.register_forward_hook(_ask_for_gradients)
     initialize(module, spec.name, seed, layers.tensor_rank, layers.tensor_size)
     return module
 

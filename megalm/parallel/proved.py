@@ -49,6 +49,10 @@ FEATURES = {
     "stages": "model.num_layers",
     "documents": "data.attend_across_documents",
     "clipping": "optimizer.gradient_clipping",
+    "tuning": "tuning.method",
+    "frozen": "tuning.freeze",
+    "rates": "tuning.layer_decay",
+    "neftune": "tuning.neftune_alpha",
 }
 """Features, and the config key that decides each."""
 
@@ -71,7 +75,7 @@ def signature(config: Any, layout: Layout, accumulation: int) -> dict[str, str]:
 
 def features(config: Any, layout: Layout) -> dict[str, str]:
     """What the model and data of `config` ask of a layout, by feature. model.vocab_size must be filled in."""
-    model, parallel = config.model, config.parallel
+    model, tuning, parallel = config.model, config.tuning, config.parallel
     pieces = layout.pipeline * (2 if parallel.pipeline_schedule == "dualpipev" else 1)
     if model.key_value_heads == model.num_attention_heads:
         heads = "one per query head"
@@ -101,6 +105,10 @@ def features(config: Any, layout: Layout) -> dict[str, str]:
         "stages": "uneven" if model.num_layers % pieces else "even",
         "documents": "seen across" if config.data.attend_across_documents else "apart",
         "clipping": _switch(config.optimizer.gradient_clipping),
+        "tuning": tuning.method,
+        "frozen": _switch(tuning.freeze),
+        "rates": "by layer" if (tuning.layer_decay, tuning.body_rate) != (1.0, 1.0) else "one",
+        "neftune": _switch(tuning.neftune_alpha),
     }
 
 

@@ -26,7 +26,8 @@ class Piece:
 
     name: of the parameter, whole. shape: of the whole tensor. shard_dim: along which tensor parallelism cuts it, or
     None. tensor_rank: whose slice the stretch lies in (0 if it is not cut). start: of the stretch in the flattened
-    slice. tensors: fp32 [count], `weight` and the optimizer's moments, or `weight` alone if it is not trained.
+    slice. tensors: [count], fp32 `weight` and moments; or `weight` alone if it is not trained, in the forward pass's
+    precision.
     """
 
     name: str
@@ -64,11 +65,6 @@ class State:
         self._basic: torch.optim.Optimizer = engine.basic_optimizer if self._stage == 0 else engine.optimizer.optimizer
 
     @property
-    def replicated(self) -> bool:
-        """Whether every data-parallel rank holds all of it."""
-        return self._stage == 0
-
-    @property
     def updates(self) -> int:
         """Updates the optimizer has made, as it counts them for its bias correction."""
         return adamw.updates(self._basic)
@@ -78,12 +74,26 @@ class State:
         first step, which a loaded run has behind it."""
         adamw.prepare(self._basic, self._buffers(), updates)
 
+    def copies(self, parameter: nn.Parameter) -> bool:
+        """Whether every data-parallel rank holds all of what there is of a parameter."""
+        return self._stage == 0 or (self._stage < 3 and not parameter.requires_grad)
+
     def stretch(self, parameter: nn.Parameter) -> tuple[int, dict[str, Tensor]] | None:
-        """(start in the flattened parameter, {kind: view}) of what this rank holds of a trained parameter."""
+        """(start in the flattened parameter, {kind: view}) of what this rank holds of a parameter.
+
+        One that is not trained has no fp32 copy and no moments: it is the forward pass's, in its precision.
+        """
+        if not parameter.requires_grad:
+            if self._stage < 3:
+                return 0, {WEIGHT: parameter.data.view(-1)}
+            kept: Any = parameter
+            start, whole = _share(parameter)
+            count = min(whole, kept.ds_numel - start)
+            return (start, {WEIGHT: kept.ds_tensor.data.view(-1)[:count]}) if count > 0 else None
         if self._stage == 3:
             buffer, place, count = self._partition(parameter)
             cut: Any = parameter  # DeepSpeed's attributes of it
-            start = cut.ds_tensor.ds_numel * torch.distributed.get_rank(cut.ds_process_group)
+            start, _ = _share(parameter)
             count = min(count, cut.ds_numel - start)  # the last rank's partition ends in padding
             return (start, self._views(buffer, place, count)) if count > 0 else None
         if self._stage:
@@ -141,6 +151,13 @@ class State:
         return {kind: tensor.view(-1)[place : place + count] for kind, tensor in found.items()}
 
 
+def _share(parameter: nn.Parameter) -> tuple[int, int]:
+    """(start in the flattened parameter, numbers) of this rank's partition under ZeRO 3, padding included."""
+    cut: Any = parameter  # DeepSpeed's attributes of it
+    numbers = cut.ds_tensor.ds_numel
+    return numbers * torch.distributed.get_rank(cut.ds_process_group), numbers
+
+
 def pieces(state: State, named: Iterator[tuple[str, nn.Parameter]], groups: Groups, *, owned: bool) -> Iterator[Piece]:
     """What this rank holds of the `named` parameters. owned: of what several ranks hold, each only its share."""
     for name, parameter in named:
@@ -150,7 +167,7 @@ def pieces(state: State, named: Iterator[tuple[str, nn.Parameter]], groups: Grou
         if held is None:
             continue
         piece = describe(name, parameter, groups, *held)
-        if owned and state.replicated:
+        if owned and state.copies(parameter):
             start, stop = (
                 piece.count * rank // groups.layout.data for rank in (groups.data_rank, groups.data_rank + 1)
             )

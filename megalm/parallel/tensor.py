@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
     vocab_parallel_cross_entropy,
 )
@@ -138,6 +139,16 @@ class TensorParallelLayers(Layers):
         # Identity forward, all-reduce backward: the sum is done inside autograd, so that every ZeRO stage and
         # pipeline sees a whole gradient and needs no step of its own.
         return copy_to_tensor_model_parallel_region(parameter, group=self.group)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(x, group=self.group)
+        return reduce_from_tensor_model_parallel_region(x, group=self.group)
+
+    def total(self, x: Tensor) -> Tensor:
+        summed = x.detach().clone()
+        dist.all_reduce(summed, group=self.group)
+        return summed
 
     def project(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.linear(hidden, weight)

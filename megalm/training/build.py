@@ -1,5 +1,6 @@
 """The composition root: the one place that joins the rooms into a run."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,8 @@ from megalm.data.config import SourceConfig
 from megalm.data.loader import Loader, held_out_batches
 from megalm.data.packing import Windows
 from megalm.errors import MegalmError
-from megalm.models.decoder import LayerSpec, build_model, decoder
+from megalm.models import tuning as tunings
+from megalm.models.decoder import LayerSpec, build_model
 from megalm.nn.attention import requirements
 from megalm.nn.init import spec_of
 from megalm.nn.kernels import resolve
@@ -53,14 +55,16 @@ def build_engine(
     accept: Callable[[float], bool],
 ) -> tuple[Engine, list[LayerSpec]]:
     """This rank's part of the model at step 0, in the engine of its layout; and the whole model's layers."""
-    model, parallel, train = config.model, config.parallel, config.train
+    model, tuning, parallel, train = config.model, config.tuning, config.parallel, config.train
+    tunings.check(tunings.shapes(model, tuning), tuning, tied=model.tie_word_embeddings)
     layers = (
         TensorParallelLayers(joined.tensor_group, sequence_parallel=parallel.sequence_parallel)
         if parallel.tensor > 1
         else Layers()
     )
-    specs = decoder(
+    specs = tunings.tuned_decoder(
         model,
+        tuning,
         layers,
         seed=config.run.seed,
         segmented=not config.data.attend_across_documents,
@@ -95,9 +99,16 @@ def build_engine(
             layers.tensor_size,
             *([finish] if parallel.zero == 3 else []),
         )
+    named = list(engine.full_names(module, [spec.name for spec in specs]))
+    tunings.freeze(named, tuning)
     decayed = parameter_groups(
-        module.named_parameters(), config.optimizer.weight_decay, lambda name, p: spec_of(p).decay
+        named,
+        config.optimizer.weight_decay,
+        lambda name, p: spec_of(p).decay,
+        lambda name, p: tunings.rate_scale(name, tuning, model.num_layers),
+        lambda name, p: tunings.is_head(name),
     )
+    _require_work_for_all(joined, bool(decayed))
     optimizer = build_optimizer(decayed, config.optimizer, device.type, parallel.offload_optimizer)
     built = engine.create(
         module,
@@ -109,7 +120,20 @@ def build_engine(
         gradient_clipping=config.optimizer.gradient_clipping,
         accept=accept,
     )
+    if tuning.method == "dora":
+        built.set_magnitudes()
     return built, specs
+
+
+def _require_work_for_all(joined: Groups, trains: bool) -> None:
+    """Refuse a pipeline in which a rank trains nothing: DeepSpeed's optimizers can not be empty."""
+    everyone = joined.gather(trains)
+    if not all(everyone):
+        stages = sorted({joined.layout.coordinates(rank)[0] for rank, works in enumerate(everyone) if not works})
+        raise MegalmError(
+            f"tuning leaves pipeline stage {stages[0]} nothing to train: freeze less, or lower parallel.pipeline",
+            echo=joined.rank > 0,
+        )
 
 
 def build(planned: Plan, kind: devices.Kind) -> Run:
@@ -156,9 +180,8 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         train.on_nan, train.on_spike, train.spike_factor, train.max_anomalies, scaled=train.precision == "fp16"
     )
     built, specs = build_engine(config, joined, device, anomalies.accept)
-    padding = model.padded_vocab_size() - (model.vocab_size or 0)
-    tables = 1 if model.tie_word_embeddings else 2
-    assert built.num_parameters == model.num_parameters() + padding * model.hidden_size * tables, "a weight is missing"
+    whole = sum(map(math.prod, tunings.shapes(model, config.tuning).values()))
+    assert built.num_parameters == whole, "a weight is missing"
     names = [spec.name for spec in specs]
     held_out = _held_out(planned, joined)
     facts = _facts(planned, device)
@@ -288,5 +311,15 @@ def _facts(planned: Plan, device: torch.device) -> dict[str, str]:
         "norm": f"{config.model.norm}, {resolve_norm(config.model.norm_implementation, device.type)}",
         "optimizer": "AdamW, "
         + resolve_implementation(optimizer.implementation, device.type, config.parallel.offload_optimizer),
+        **_tuning_facts(config),
         **({"unproved": planned.unproved} if planned.unproved else {}),
     }
+
+
+def _tuning_facts(config: RunConfig) -> dict[str, str]:
+    tuning = config.tuning
+    if not (tuning.adapts or tuning.freeze):
+        return {}
+    sizes = {name: math.prod(shape) for name, shape in tunings.shapes(config.model, tuning).items()}
+    trained = sum(size for name, size in sizes.items() if tunings.is_trained(name, tuning))
+    return {"tuning": f"{tuning.method}, {trained:,} of {sum(sizes.values()):,} parameters are trained"}

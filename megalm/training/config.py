@@ -8,7 +8,7 @@ from megalm.checkpoint.config import CheckpointConfig
 from megalm.config import Config
 from megalm.data.config import DataConfig
 from megalm.metrics.config import LoggingConfig
-from megalm.models.config import ModelConfig
+from megalm.models.config import ModelConfig, TuningConfig
 from megalm.optim.config import OptimizerConfig, ScheduleConfig
 from megalm.parallel.config import ParallelConfig
 from megalm.parallel.deepspeed_config import check_pass_through
@@ -68,6 +68,8 @@ class RunConfig(Config):
     """Name and seed."""
     model: ModelConfig = ModelConfig()
     """The network."""
+    tuning: TuningConfig = TuningConfig()
+    """What of it is trained."""
     data: DataConfig = DataConfig()
     """Samples."""
     train: TrainSection

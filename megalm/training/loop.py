@@ -33,7 +33,8 @@ def train(run: Run) -> int:
             started = time.perf_counter()
             batches, run.data_state = next(run.loader)
             rate = learning_rate(run.step, config.schedule, config.optimizer.learning_rate, config.train.steps)
-            result = run.engine.step([tensors(batch) for batch in batches], rate)
+            head_only = run.step < config.tuning.head_first_steps
+            result = run.engine.step([tensors(batch) for batch in batches], rate, head_only)
             run.step += 1
             run.tokens += result.trained_tokens
             record: dict[str, Any] = {

@@ -17,7 +17,8 @@ from megalm.checkpoint.tensors import Reader, Snapshot
 from megalm.convert import start
 from megalm.convert.sources import CheckpointSource, Source
 from megalm.errors import MegalmError
-from megalm.models.config import ModelConfig
+from megalm.models import tuning as tunings
+from megalm.models.config import ModelConfig, TuningConfig
 from megalm.parallel.state import WEIGHT, Piece
 from megalm.training.config import RunConfig
 from megalm.training.plan import Plan
@@ -28,6 +29,7 @@ BYTES_PER_PARAMETER = 12
 
 _SAME = (
     ("model", "it would be another model"),
+    ("tuning", "other parameters would be trained"),
     ("run.seed", "the samples would come in another order"),
     ("train.global_batch_size", "a step would take other samples"),
     ("train.sequence_length", "the samples would be cut elsewhere"),
@@ -36,8 +38,13 @@ _SAME = (
     ("deepspeed", "DeepSpeed would do otherwise"),
 )
 """Keys a run keeps for life, and what would happen otherwise; the loader sees to those that order the samples."""
-_FREE = ("attention_backend", "norm_implementation", "init_from")
-"""Keys of the model that say how, not what, it computes, and where it once started."""
+_FREE = {
+    "model": ("attention_backend", "norm_implementation", "init_from"),
+    "tuning": ("layer_decay", "body_rate", "head_first_steps"),
+}
+"""Of sections, keys that say how, not what, the model computes and where it once started; and, as those of the
+optimizer, how fast it learns."""
+_DEFAULTS = {"model": ModelConfig(), "tuning": TuningConfig()}
 
 
 def directory(config: RunConfig) -> Path:
@@ -78,9 +85,10 @@ def check(manifest: Manifest, plan: Plan, name: str) -> None:
     allowed = plan.config.checkpoint.allow_changes
     for path, why in _SAME:
         then, now = _at(manifest.config, path), _at(ours, path)
-        if path == "model":
-            then = ModelConfig().model_dump() | then  # of a version that did not know some keys yet
-            changed = [(f"{path}.{k}", then.get(k), now[k]) for k in now if then.get(k) != now[k] and k not in _FREE]
+        if path in _DEFAULTS:
+            then = _DEFAULTS[path].model_dump() | (then or {})  # of a version that did not know some keys yet
+            kept = [key for key in now if key not in _FREE[path]]
+            changed = [(f"{path}.{key}", then.get(key), now[key]) for key in kept if then.get(key) != now[key]]
         else:
             changed = [(path, then, now)] if then != now else []
         for key, before, after in changed:
@@ -176,11 +184,16 @@ def open_start(plan: Plan) -> Source | None:
 
 @torch.no_grad()
 def begin(run: Run, source: Source) -> None:
-    """Give the model the weights of `source`; moments, steps and samples start from nothing. Every rank calls it."""
+    """Give the model the weights of `source`; moments, steps and samples start from nothing. Every rank calls it.
+
+    Adapters and a task's head that the source has not stay as drawn; the source's own adapters are in its weights.
+    """
     if isinstance(source, CheckpointSource):
         checkpoints.verify(source.path, run.groups)
     with source:
         for piece in _pieces(run, source.path, len(source.shapes)):
+            if piece.name not in source.shapes and tunings.is_added(piece.name):
+                continue
             weight = source.stretch(
                 piece.name,
                 piece.shape,
@@ -192,6 +205,8 @@ def begin(run: Run, source: Source) -> None:
             )
             piece.tensors[WEIGHT].copy_(weight)
     run.engine.state.publish()
+    if run.config.tuning.method == "dora":
+        run.engine.set_magnitudes()
     run.say(f"the weights are those of {source.path}")
 
 

@@ -156,7 +156,7 @@ def record(config: RunConfig, plant: Callable[[], None] | None = None) -> Share:
                 p.shard_dim,
                 p.tensor_rank,
                 p.start,
-                {k: t.numpy().copy() for k, t in p.tensors.items()},
+                {k: t.float().numpy().copy() for k, t in p.tensors.items()},
             )
             for p in engine.pieces(names, owned=False)
         ]

@@ -2,7 +2,8 @@
 
 `python -m tests.distributed.matrix` (make test-matrix) runs all of it, first a case of every signature, continues where
 an earlier run of the same code was ended, and writes what was proved to megalm/parallel/proved.json and what was
-measured to docs/support.json.
+measured to docs/support.json. `python -m tests.distributed.matrix tuning` runs the cases of features that came later
+(LATER) and adds them to what is proved.
 tests/distributed/test_matrix.py runs a part that has every pair of choices in it.
 
 A case is a layout and a set of features of model and data. All legal layouts are tried in fp32; in bf16 and fp16 the
@@ -120,6 +121,26 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "data": APART,
     },
+    "frozen": {
+        "model": {**BIASES, "tie_word_embeddings": True, "norm": "layernorm"},
+        "tuning": {
+            "freeze": ["embedding.*", "blocks.*.feed_forward.*", "blocks.0.attention.*"],
+            "layer_decay": 0.8,
+            "neftune_alpha": 5.0,
+        },
+    },
+    "lora": {
+        "model": {"attention_bias": True, "qk_norm": True},
+        "tuning": {"method": "lora", "rank": 4, "also_train": ["*norm*"], "neftune_alpha": 5.0},
+    },
+    "dora": {
+        "model": BIASES,
+        "tuning": {"method": "dora", "rank": 4, "freeze": ["blocks.1.attention.*"], "layer_decay": 0.8},
+    },
+    "dora-heads": {
+        "model": {"num_key_value_heads": 8},
+        "tuning": {"method": "dora", "rank": 2, "targets": ["query", "value", "down"]},
+    },
 }
 """Sets of features, each like a model that exists where there is one. Clipping bites in all but one of them."""
 
@@ -175,6 +196,7 @@ class Case:
         tree: dict[str, Any] = {
             "run": {"directory": str(corpus / "run")},
             "model": {**MODEL, "num_layers": self.layers},
+            "tuning": {},
             "data": {
                 "sources": [{"path": str(corpus / "shards" / "train")}],
                 "tokenizer": str(corpus / "tokenizer"),
@@ -536,11 +558,59 @@ def write(results: dict[Case, Result]) -> None:
     SUPPORT.write_text(_json(content))
 
 
+TUNED = [
+    Case(tensor=2, zero=0, micro_batch=GLOBAL_BATCH),
+    Case(data=2, zero=3, recompute="full", micro_batch=6, precision="bf16"),
+    Case(data=2, tensor=2, sequence_parallel=True, zero=2, offload=True, recompute="selective", precision="fp16"),
+    Case(pipeline=2, micro_batch=6, precision="bf16"),
+    Case(pipeline=2, tensor=2, sequence_parallel=True, schedule="dualpipev", micro_batch=6),
+]
+"""Layouts that have every value of every axis, for features that came after the last run of everything."""
+LATER = {
+    "tuning": [
+        *(replace(case, features=features) for features in ("frozen", "lora", "dora") for case in TUNED),
+        Case(pipeline=3, offload=True, micro_batch=6, precision="fp16", features="frozen"),  # a group, four, five
+        Case(tensor=4, features="lora"),  # keys and values that all ranks hold whole
+        Case(tensor=4, sequence_parallel=True, features="dora"),
+    ]
+}
+"""Name -> the cases that prove it beside what is proved already."""
+
+
+def add(cases: Sequence[Case]) -> int:
+    """Run cases and add what holds to proved.json, whose own cases had none of the new features; returns the failures.
+
+    So features that are added while everything runs on the code before them need not wait for the next such run: take
+    its proved.json and add to it.
+    """
+    results = run(cases)
+    plans = {case: plan(case.config(corpus()), case.size) for case in results if not results[case].problems}
+    content = json.loads(PROVED.read_text())
+    signatures, pairs = set(content["signatures"]), set(content["pairs"])
+    known = {pair.split()[0] for pair in pairs}
+    plain = plan(Case().config(corpus()), 1)
+    before = proved.features(plain.config, plain.layout)
+    without = {feature: before[feature] for feature in before if feature not in known}
+    for name in content["signatures"]:
+        there = dict(zip(proved.AXES, name.split(proved.SEPARATOR), strict=True))
+        pairs.update(proved.pair_names(there, without))
+    for planned in plans.values():
+        signature = proved.signature(planned.config, planned.layout, planned.accumulation)
+        signatures.add(proved.signature_name(signature))
+        pairs.update(proved.pair_names(signature, proved.features(planned.config, planned.layout)))
+    PROVED.write_text(_json({"signatures": sorted(signatures), "pairs": sorted(pairs)}))
+    return len(results) - len(plans)
+
+
 def _json(content: Any) -> str:
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
 if __name__ == "__main__":
+    if later := sys.argv[1:]:
+        failures = add([case for name in later for case in LATER[name]])
+        print(f"{failures} cases do not hold; run tools/write_support_docs.py")
+        sys.exit(failures > 0)
     # First what proves every signature, so that a run that is ended early has proved all it can.
     write(run(representatives(matrix())))
     everything = run(list(matrix().cases))

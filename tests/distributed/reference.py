@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from megalm.data.batch import Batch
 from megalm.data.loader import Loader
 from megalm.data.packing import Windows
-from megalm.models.decoder import LayerList, build_model, decoder
+from megalm.models.decoder import LayerList, build_model
+from megalm.models.tuning import freeze, rate_scale, tuned_decoder
 from megalm.nn.init import spec_of
 from megalm.nn.layers import Layers
 from megalm.nn.norm import RMSNorm
@@ -109,14 +110,28 @@ def _exact_norm(norm: RMSNorm, x: Tensor) -> Tensor:
 def _model(config: RunConfig, layers: Layers, dtype: torch.dtype) -> LayerList:
     settings = config.model.model_copy(update={"attention_backend": "plain"} if dtype == torch.float64 else {})
     segmented = not config.data.attend_across_documents
-    model = build_model(decoder(settings, layers, seed=config.run.seed, segmented=segmented), config.run.seed)
+    specs = tuned_decoder(settings, config.tuning, layers, seed=config.run.seed, segmented=segmented)
+    model = build_model(specs, config.run.seed)
     # A run in half precision starts from weights that are rounded to it.
-    model.to(DTYPES[config.train.precision]).to(dtype)
+    model.to(DTYPES[config.train.precision])
+    _start_magnitudes(model)
+    freeze(model.named_weights().items(), config.tuning)
+    model.to(dtype)
     if dtype == torch.float64:
         for module in model.modules():
             if isinstance(module, RMSNorm):
                 module.forward = partial(_exact_norm, module)  # type: ignore[method-assign]
     return model.train()
+
+
+@torch.no_grad()
+def _start_magnitudes(model: LayerList) -> None:
+    """DoRA's, from the whole weights."""
+    named = model.named_weights()
+    for name, magnitude in named.items():
+        if name.endswith(".lora_magnitude"):
+            weight = named[name.replace("lora_magnitude", "weight")]
+            magnitude.copy_(weight.double().square().sum(dim=1).sqrt())
 
 
 def train(
@@ -127,11 +142,13 @@ def train(
     wide = torch.promote_types(dtype, torch.float32)
     layers = Exact() if dtype == torch.float64 else Layers()
     model, trace = _model(config, layers, dtype), Trace()
-    named = model.named_weights()
+    everything = model.named_weights()
+    named = {name: p for name, p in everything.items() if p.requires_grad}
     if keep_start:
-        trace.start = {name: p.detach().to(torch.float32, copy=True).numpy() for name, p in named.items()}
+        trace.start = {name: p.detach().to(torch.float32, copy=True).numpy() for name, p in everything.items()}
     masters = {name: nn.Parameter(p.detach().to(wide, copy=True)) for name, p in named.items()}
-    optimizer = _optimizer(config, [(masters[name], spec_of(p).decay) for name, p in named.items()])
+    scales = {name: rate_scale(name, config.tuning, config.model.num_layers) for name in named}
+    optimizer = _optimizer(config, [(masters[name], spec_of(p).decay, scales[name]) for name, p in named.items()])
     # DeepSpeed's starts there, and stays over a few steps.
     scale = 2.0 ** config.deepspeed["fp16"]["initial_scale_power"] if precision == "fp16" else 1.0
     whole = config.model_copy(
@@ -171,20 +188,24 @@ def train(
         trace.norms.append(norm.item())
         if step == 0:
             trace.first = {name: optimizer.state[p]["exp_avg"].numpy().copy() for name, p in masters.items()}
-    trace.end["weight"] = {name: p.detach().numpy() for name, p in masters.items()}
+    trace.end["weight"] = {name: p.detach().to(wide).numpy() for name, p in (everything | masters).items()}
     for kind in KINDS[1:]:
         trace.end[kind] = {name: optimizer.state[p][kind].numpy() for name, p in masters.items()}
     return trace
 
 
-def _optimizer(config: RunConfig, parameters: list[tuple[nn.Parameter, bool]]) -> torch.optim.AdamW:
+def _optimizer(config: RunConfig, parameters: list[tuple[nn.Parameter, bool, float]]) -> torch.optim.AdamW:
+    """parameters: with whether each decays, and its share of the learning rate."""
     settings = config.optimizer
     return torch.optim.AdamW(
         [
-            {"params": [p for p, decay in parameters if decay], "weight_decay": settings.weight_decay},
-            {"params": [p for p, decay in parameters if not decay], "weight_decay": 0.0},
+            {
+                "params": [p],
+                "weight_decay": settings.weight_decay if decay else 0.0,
+                "lr": settings.learning_rate * scale,
+            }
+            for p, decay, scale in parameters
         ],
-        lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
     )

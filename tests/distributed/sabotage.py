@@ -9,6 +9,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from megalm.data.packing import Packer
+from megalm.nn.dropout import EmbeddingNoise
 from megalm.parallel import engine, tensor
 from megalm.training import build
 
@@ -80,7 +81,7 @@ def no_reduction_of_tied_gradients() -> None:
 
 def norms_decay() -> None:
     right = build.parameter_groups
-    build.parameter_groups = lambda named, decay, decays: right(named, decay, lambda name, parameter: True)
+    build.parameter_groups = lambda named, decay, decays, *rest: right(named, decay, lambda *parameter: True, *rest)
 
 
 def a_repeated_sample() -> None:
@@ -102,6 +103,28 @@ def a_loss_of_one_rank() -> None:
 def a_misreported_loss() -> None:
     right = engine._ZeroEngine._mean
     engine._ZeroEngine._mean = lambda *args: right(*args) * 1.00001  # type: ignore[method-assign]
+
+
+def no_reduction_of_adapters() -> None:
+    """Each rank keeps its share of what a row-parallel projection's lora_A gives."""
+    tensor.TensorParallelLayers.reduce = lambda self, x: x  # type: ignore[method-assign]
+
+
+def magnitudes_of_one() -> None:
+    engine.Engine.set_magnitudes = lambda self: None  # type: ignore[method-assign]
+
+
+def nothing_is_frozen() -> None:
+    build.tunings.freeze = lambda named, tuning: None
+
+
+def one_rate_for_all() -> None:
+    build.tunings.rate_scale = lambda name, tuning, num_layers: 1.0
+
+
+def noise_by_row_of_the_batch() -> None:
+    right = EmbeddingNoise.forward
+    EmbeddingNoise.forward = lambda self, x, rows, seq: right(self, x, torch.arange(len(rows)), seq)  # type: ignore[method-assign]
 
 
 def _after_step(meddle: Callable[[engine.Engine], None], count: int) -> None:

@@ -82,6 +82,11 @@ PLANTS: list[tuple[Any, Case, set[str]]] = [
     (sabotage.no_reduction_over_data, Case(data=2, zero=0), {"gradient", "copies"}),
     (sabotage.no_reduction_of_tied_gradients, Case(pipeline=2, features="gpt"), {"gradient", "copies"}),
     (sabotage.norms_decay, ZERO, {"weight"}),
+    (sabotage.no_reduction_of_adapters, Case(tensor=2, features="lora"), {"gradient", "copies"}),
+    (sabotage.magnitudes_of_one, Case(features="dora"), {"weights of step 0", "loss"}),
+    (sabotage.nothing_is_frozen, Case(features="frozen"), {"gradient norm", "weight"}),
+    (sabotage.one_rate_for_all, Case(features="dora"), {"weight"}),
+    (sabotage.noise_by_row_of_the_batch, Case(data=2, features="lora"), {"loss", "gradient"}),
     (sabotage.a_forgotten_first_moment, ZERO, {"exp_avg", "weight"}),
     (sabotage.a_forgotten_second_moment, ZERO, {"exp_avg_sq", "weight"}),
 ]

@@ -26,3 +26,20 @@ def test_no_empty_group():
     assert len(parameter_groups([("weight", weight)], 0.1, lambda name, parameter: True)) == 1
     (group,) = parameter_groups([("weight", weight)], 0.1, lambda name, parameter: False)
     assert group["weight_decay"] == 0.0
+
+
+def test_a_group_for_each_rate_and_for_the_head():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    groups = parameter_groups(
+        model.named_parameters(),
+        0.1,
+        lambda name, parameter: parameter.dim() > 1,
+        lambda name, parameter: 1.0 if name.startswith("2.") else 0.5,
+        lambda name, parameter: name.startswith("2."),
+    )
+    assert [(group["weight_decay"], group["rate_scale"], group["head"], len(group["params"])) for group in groups] == [
+        (0.1, 0.5, False, 2),
+        (0.1, 1.0, True, 1),
+        (0.0, 0.5, False, 2),
+        (0.0, 1.0, True, 1),
+    ]

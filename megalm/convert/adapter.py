@@ -1,0 +1,78 @@
+"""A checkpoint's adapters as a folder that peft loads onto the base model."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from megalm.checkpoint.folder import resolve
+from megalm.convert import architectures
+from megalm.convert.folder import write_json
+from megalm.convert.mapping import Same
+from megalm.convert.sources import CheckpointSource
+from megalm.errors import MegalmError
+from megalm.models.tuning import is_added, is_trained
+from megalm.nn.adapter import MAGNITUDE, A, B
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_NAMES = {A: "lora_A.weight", B: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
+"""Our names of an adapter's parameters -> peft's in a file."""
+
+
+def to_peft(checkpoint: Path, output: Path) -> int:
+    """Write the adapters of a checkpoint, fp32, and peft's description of them; returns the bytes of the weights.
+
+    The base is the model that the run started from (model.init_from), as to_hf writes it or as it came.
+
+    Raises MegalmError if there are no adapters, or if peft could not hold what was trained.
+    """
+    if output.exists():
+        raise MegalmError(f"{output} exists: name another output folder, or remove it")
+    with CheckpointSource(resolve(checkpoint)) as source:
+        if not source.adapters:
+            raise MegalmError(
+                f"checkpoint {source.path} has no adapters, its weights were trained: leave out --adapter"
+            )
+        more = [name for name in source.shapes if is_trained(name, source.tuning) and not is_added(name)]
+        if more:
+            raise MegalmError(
+                f"checkpoint {source.path} also trained {more[0]} (tuning.also_train), which an adapter has no place "
+                "for: leave out --adapter, which merges everything"
+            )
+        architecture = architectures.of_model(source.config)
+        entries = architectures.entries(architecture, source.config)
+        theirs = {ours: entry for entry in entries for ours in entry.ours}
+        tensors, modules = {}, []
+        for name, shape in source.adapters.items():
+            module, _, kind = name.rpartition(".")
+            entry = theirs[f"{module}.weight"]
+            if type(entry.mapping) is not Same:
+                raise MegalmError(
+                    f"{architecture.model_type} keeps {module} in another form ({entry.theirs}), which peft would "
+                    "adapt otherwise: leave out --adapter, which merges the adapters"
+                )
+            target = entry.theirs.removesuffix(".weight")
+            modules.append(target)
+            tensors[f"base_model.model.{target}.{_NAMES[kind]}"] = source.saved(name, 0, shape[0])
+        output.mkdir(parents=True)
+        save_file(tensors, output / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_json(output / CONFIG_FILE, _described(source, sorted(set(modules))))
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _described(source: CheckpointSource, modules: list[str]) -> dict[str, Any]:
+    tuning = source.tuning
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": source.manifest.config["model"].get("init_from"),
+        "r": tuning.rank,
+        "lora_alpha": tuning.alpha,
+        "lora_dropout": 0.0,
+        "use_dora": tuning.method == "dora",
+        "target_modules": modules,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
