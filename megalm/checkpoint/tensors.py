@@ -127,7 +127,8 @@ class Snapshot:
         digest = hashlib.blake2b(digest_size=16)
         with path.open("wb") as file:
             stretches = (data[start * size : stop * size] for start, stop in places.values())
-            for block in chain([first], _blocks(stretches)):
+            blocks: Iterator[bytes | memoryview] = chain([first], _blocks(stretches))
+            for block in blocks:
                 file.write(block)
                 digest.update(block)
             file.flush()

@@ -48,8 +48,13 @@ def build_engine(
     joined: Groups,
     device: torch.device,
     accept: Callable[[float], bool],
+    *,
+    draw: bool = True,
 ) -> tuple[Engine, list[LayerSpec]]:
-    """This rank's part of the model at step 0, in the engine of its layout; and the whole model's layers."""
+    """This rank's part of the model at step 0, in the engine of its layout; and the whole model's layers.
+
+    draw: False leaves weights that are not numbers for a checkpoint to fill; to draw those of a large model takes long.
+    """
     model, parallel, train = config.model, config.parallel, config.train
     layers = (
         TensorParallelLayers(joined.tensor_group, sequence_parallel=parallel.sequence_parallel)
@@ -67,6 +72,7 @@ def build_engine(
     def loss(logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return token_loss(layers, logits, *targets, model.z_loss)
 
+    seed = config.run.seed if draw else None
     accumulation = joined.layout.accumulation(train.global_batch_size, train.micro_batch_size)
     settings = deepspeed_config.derive(
         parallel,
@@ -81,13 +87,13 @@ def build_engine(
     )
     if parallel.pipeline > 1:
         module: torch.nn.Module = pipeline_module(
-            specs, layers, joined, schedule=parallel.pipeline_schedule, seed=config.run.seed, loss=loss
+            specs, layers, joined, schedule=parallel.pipeline_schedule, seed=seed, loss=loss
         )
     else:
         finish = partial(engine.partition, groups=joined, config=settings, dtype=DTYPES[train.precision])
         module = build_model(
             specs,
-            config.run.seed,
+            seed,
             layers.tensor_rank,
             layers.tensor_size,
             *([finish] if parallel.zero == 3 else []),
@@ -152,7 +158,7 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     anomalies = Anomalies(
         train.on_nan, train.on_spike, train.spike_factor, train.max_anomalies, scaled=train.precision == "fp16"
     )
-    built, specs = build_engine(config, joined, device, anomalies.accept)
+    built, specs = build_engine(config, joined, device, anomalies.accept, draw=not (found or source))
     padding = model.padded_vocab_size() - (model.vocab_size or 0)
     tables = 1 if model.tie_word_embeddings else 2
     assert built.num_parameters == model.num_parameters() + padding * model.hidden_size * tables, "a weight is missing"
