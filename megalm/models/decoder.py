@@ -199,15 +199,14 @@ def build_model(
     tensor_size: int = 1,
     finish: Callable[[nn.Module], None] = lambda layer: None,
 ) -> LayerList:
-    """Build every layer, draw its weights (seed None: a checkpoint is about to fill them) and tie what is tied.
+    """Build every layer, draw its weights (seed: see initialize) and tie what is tied.
 
     finish: called with each layer when it is drawn, before the next is built (ZeRO 3 leaves a share of it here).
     """
     built = []
     for spec in specs:
         built.append(spec.build())
-        if seed is not None:
-            initialize(built[-1], spec.name, seed, tensor_rank, tensor_size)
+        initialize(built[-1], spec.name, seed, tensor_rank, tensor_size)
         finish(built[-1])
     model = LayerList(specs, built)
     model.tie()

@@ -58,9 +58,15 @@ def draw(name: str, shape: tuple[int, ...], spec: Spec, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, name: str, seed: int, tensor_rank: int = 0, tensor_size: int = 1) -> None:
-    """Fill the parameters of layer `name` with this rank's slices of the drawn tensors."""
+def initialize(module: nn.Module, name: str, seed: int | None, tensor_rank: int = 0, tensor_size: int = 1) -> None:
+    """Fill the parameters of layer `name` with this rank's slices of the drawn tensors.
+
+    seed None: a checkpoint is about to fill them; what it forgets is not a number, and cannot pass unseen.
+    """
     for suffix, parameter in module.named_parameters():
+        if seed is None:
+            parameter.fill_(torch.nan)
+            continue
         spec = spec_of(parameter)
         shape = list(parameter.shape)
         if spec.shard_dim is None:

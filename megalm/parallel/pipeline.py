@@ -34,7 +34,7 @@ def _ask_for_gradients(layer: nn.Module, inputs: Any, stream: tuple[Tensor, ...]
         stream[0].requires_grad_()
 
 
-def _initialized(spec: Spec, layers: Layers, seed: int) -> nn.Module:
+def _initialized(spec: Spec, layers: Layers, seed: int | None) -> nn.Module:
     module = spec.build()
     if spec.name == "embedding":
         module.register_forward_hook(_ask_for_gradients)
@@ -45,7 +45,7 @@ def _initialized(spec: Spec, layers: Layers, seed: int) -> nn.Module:
 class _Layer(LayerSpec):
     """DeepSpeed's spec over ours. Stages are balanced by counting layers of type Block."""
 
-    def __init__(self, spec: Spec, layers: Layers, seed: int):
+    def __init__(self, spec: Spec, layers: Layers, seed: int | None):
         super().__init__(Block if spec.name.startswith("blocks.") else nn.Module)
         self.spec, self.layers, self.seed = spec, layers, seed
 
@@ -56,7 +56,7 @@ class _Layer(LayerSpec):
 class _TiedLayer(TiedLayerSpec):
     """An embedding that also lives, as the same parameter kept in step by DeepSpeed, where the head is."""
 
-    def __init__(self, embedding: Spec, layers: Layers, seed: int, forward_fn: Callable[..., Any] | None = None):
+    def __init__(self, embedding: Spec, layers: Layers, seed: int | None, forward_fn: Callable[..., Any] | None = None):
         super().__init__(embedding.name, nn.Module, forward_fn=forward_fn, tied_weight_attr="table.weight")
         self.spec, self.layers, self.seed = embedding, layers, seed
 
@@ -81,10 +81,10 @@ def pipeline_module(
     groups: Groups,
     *,
     schedule: str,
-    seed: int,
+    seed: int | None,
     loss: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor],
 ) -> PipelineModule:
-    """This rank's stage, with weights of step 0."""
+    """This rank's stage, with weights of step 0. seed: of them; None as for nn.init.initialize."""
     by_name = {spec.name: spec for spec in specs}
     sources = {spec.tied_to for spec in specs if spec.tied_to}
     entries: list[LayerSpec] = []

@@ -53,8 +53,13 @@ def build_engine(
     joined: Groups,
     device: torch.device,
     accept: Callable[[float], bool],
+    *,
+    draw: bool = True,
 ) -> tuple[Engine, list[LayerSpec]]:
-    """This rank's part of the model at step 0, in the engine of its layout; and the whole model's layers."""
+    """This rank's part of the model at step 0, in the engine of its layout; and the whole model's layers.
+
+    draw: False leaves weights that are not numbers for a checkpoint to fill; to draw those of a large model takes long.
+    """
     model, tuning, parallel, train = config.model, config.tuning, config.parallel, config.train
     tunings.check(tunings.shapes(model, tuning), tuning, tied=model.tie_word_embeddings)
     layers = (
@@ -74,6 +79,7 @@ def build_engine(
     def loss(logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return token_loss(layers, logits, *targets, model.z_loss)
 
+    seed = config.run.seed if draw else None
     accumulation = joined.layout.accumulation(train.global_batch_size, train.micro_batch_size)
     settings = deepspeed_config.derive(
         parallel,
@@ -88,13 +94,13 @@ def build_engine(
     )
     if parallel.pipeline > 1:
         module: torch.nn.Module = pipeline_module(
-            specs, layers, joined, schedule=parallel.pipeline_schedule, seed=config.run.seed, loss=loss
+            specs, layers, joined, schedule=parallel.pipeline_schedule, seed=seed, loss=loss
         )
     else:
         finish = partial(engine.partition, groups=joined, config=settings, dtype=DTYPES[train.precision])
         module = build_model(
             specs,
-            config.run.seed,
+            seed,
             layers.tensor_rank,
             layers.tensor_size,
             *([finish] if parallel.zero == 3 else []),
@@ -179,9 +185,10 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     anomalies = Anomalies(
         train.on_nan, train.on_spike, train.spike_factor, train.max_anomalies, scaled=train.precision == "fp16"
     )
-    built, specs = build_engine(config, joined, device, anomalies.accept)
-    whole = sum(map(math.prod, tunings.shapes(model, config.tuning).values()))
-    assert built.num_parameters == whole, "a weight is missing"
+    whole = {name: math.prod(shape) for name, shape in tunings.shapes(model, config.tuning).items()}
+    filled = found is not None or (source is not None and not any(map(tunings.is_added, whole)))
+    built, specs = build_engine(config, joined, device, anomalies.accept, draw=not filled)
+    assert built.num_parameters == sum(whole.values()), "a weight is missing"
     names = [spec.name for spec in specs]
     held_out = _held_out(planned, joined)
     facts = _facts(planned, device)

@@ -16,6 +16,7 @@ from megalm.convert.start import open_start
 from megalm.errors import MegalmError
 from megalm.models.config import ModelConfig
 from megalm.tokenizer.load import load
+from megalm.training import resume
 from megalm.training.config import RunConfig
 from tests.convert import models
 from tests.distributed.ranks import run_ranks
@@ -84,6 +85,22 @@ def test_a_run_starts_from_the_weights(
         made["model"]["init_from"] = str(tmp_path / "gone")
         assert run_ranks(1, train_run, made) == [0]
         assert [record["step"] for record in curve(made)] == [1, 2, 3]
+
+
+def train_without_one_weight(tree: dict[str, Any]) -> int:
+    every = resume._pieces
+    resume._pieces = lambda *rest: (piece for piece in every(*rest) if piece.name != "blocks.1.attention.key.weight")
+    return train_run(tree)
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(1, {"zero": 0}), (2, {"zero": 3}), (2, {"pipeline": 2})])
+def test_a_weight_that_is_forgotten_is_an_error(
+    size: int, parallel: dict[str, Any], corpus: Path, origin: Path, tmp_path: Path
+) -> None:
+    """Weights that come from elsewhere are not drawn first, so that none that looks right can be left."""
+    made = tree(corpus, tmp_path / "run", origin / "hf", parallel=parallel)
+    assert run_ranks(size, train_without_one_weight, made) == [3] * size
+    assert "step 1: loss nan" in (tmp_path / "run" / "said.txt").read_text()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox", "llama-biases-tied"])

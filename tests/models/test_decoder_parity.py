@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from megalm.convert.architectures import ARCHITECTURES, entries
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import LayerList, build_model, decoder
 from megalm.nn import position
@@ -28,9 +29,14 @@ SIZES = {
     "init_std": 0.12,  # large enough that every part matters to the logits
     "scale_output_init": False,
 }
-GPT2 = {"norm": "layernorm", "activation": "gelu_tanh", "position": "learned"} | dict.fromkeys(
-    ("attention_bias", "attention_output_bias", "mlp_bias", "tie_word_embeddings"), True
-)
+BIASES = dict.fromkeys(("attention_bias", "attention_output_bias", "mlp_bias"), True)
+GPT2 = BIASES | {
+    "norm": "layernorm",
+    "activation": "gelu_tanh",
+    "position": "learned",
+    "tie_word_embeddings": True,
+}
+NEOX = BIASES | {"norm": "layernorm", "activation": "gelu", "rotary_fraction": 0.5, "parallel_residual": True}
 HF_SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -41,53 +47,17 @@ HF_SIZES = {
     "rms_norm_eps": 1e-5,
     "use_cache": False,
 }
-LLAMA_NAMES = {
-    "embedding.table": "model.embed_tokens",
-    "blocks.": "model.layers.",
-    "feed_forward_norm": "post_attention_layernorm",
-    "attention_norm": "input_layernorm",
-    ".attention.query_norm": ".self_attn.q_norm",
-    ".attention.key_norm": ".self_attn.k_norm",
-    ".attention.query": ".self_attn.q_proj",
-    ".attention.key": ".self_attn.k_proj",
-    ".attention.value": ".self_attn.v_proj",
-    ".attention.output": ".self_attn.o_proj",
-    ".feed_forward.gate": ".mlp.gate_proj",
-    ".feed_forward.up": ".mlp.up_proj",
-    ".feed_forward.down": ".mlp.down_proj",
-    "norm.norm": "model.norm",
-    "head.": "lm_head.",
-}
-GPT2_NAMES = {
-    "embedding.table": "transformer.wte",
-    "positions.weight": "transformer.wpe.weight",
-    "blocks.": "transformer.h.",
-    "feed_forward_norm": "ln_2",
-    "attention_norm": "ln_1",
-    ".attention.output": ".attn.c_proj",
-    ".feed_forward.up": ".mlp.c_fc",
-    ".feed_forward.down": ".mlp.c_proj",
-    "norm.norm": "transformer.ln_f",
-}
 
 
-def theirs_from_ours(tensors: dict[str, torch.Tensor], family: str) -> dict[str, torch.Tensor]:
+def theirs_from_ours(tensors: dict[str, torch.Tensor], config: ModelConfig, family: str) -> dict[str, torch.Tensor]:
     """Our tensors (weights or gradients) under Hugging Face's names and layouts."""
-    names = GPT2_NAMES if family == "gpt2" else LLAMA_NAMES
-    result, fused = {}, {}
-    for name, tensor in tensors.items():
-        if "table" in name or name.startswith("head."):
-            tensor = tensor[:VOCAB]
-        if family == "gpt2" and tensor.dim() == 2 and name.startswith("blocks"):
-            tensor = tensor.t()  # Conv1D
-        if family == "gpt2" and any(part in name for part in ("attention.query", "attention.key", "attention.value")):
-            layer, suffix = name.split(".")[1], name.split(".")[-1]
-            fused.setdefault(f"transformer.h.{layer}.attn.c_attn.{suffix}", []).append(tensor)
-            continue
-        for ours, other in names.items():
-            name = name.replace(ours, other)
-        result[name] = tensor
-    return result | {name: torch.cat(parts, dim=-1) for name, parts in fused.items()}
+    architecture = next(known for known in ARCHITECTURES if known.model_type == family)
+    named = {
+        entry.theirs: entry.mapping.export([tensors[name] for name in entry.ours], config)
+        for entry in entries(architecture, config)
+    }
+    # which GPT-NeoX's files call embed_out
+    return {name.replace("embed_out", "lm_head"): tensor for name, tensor in named.items()}
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -113,7 +83,7 @@ def largest_difference(config: ModelConfig, theirs: transformers.PreTrainedModel
     family = theirs.config.model_type
     inputs, labels, stream = batch()
     ours = build(config, segmented)
-    missing = theirs.load_state_dict(theirs_from_ours(ours.named_weights(), family), strict=False)
+    missing = theirs.load_state_dict(theirs_from_ours(ours.named_weights(), config, family), strict=False)
     assert not missing.unexpected_keys
     assert set(missing.missing_keys) <= {"lm_head.weight"}  # tied
     theirs.train()
@@ -126,7 +96,7 @@ def largest_difference(config: ModelConfig, theirs: transformers.PreTrainedModel
     their_loss.backward()
 
     differences = [(logits[:, :VOCAB] - their_logits).abs().max(), (loss - their_loss).abs()]
-    gradients = theirs_from_ours({name: p.grad for name, p in ours.named_weights().items()}, family)
+    gradients = theirs_from_ours({name: p.grad for name, p in ours.named_weights().items()}, config, family)
     parameters = dict(theirs.named_parameters())
     assert gradients.keys() == parameters.keys()
     for name, gradient in gradients.items():
@@ -138,6 +108,10 @@ def largest_difference(config: ModelConfig, theirs: transformers.PreTrainedModel
 
 def llama(**changes: object) -> transformers.PreTrainedModel:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**HF_SIZES | changes))
+
+
+def qwen2(**changes: object) -> transformers.PreTrainedModel:
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**HF_SIZES | changes))
 
 
 def qwen3(**changes: object) -> transformers.PreTrainedModel:
@@ -165,8 +139,13 @@ def gpt2() -> transformers.PreTrainedModel:
     )
 
 
+def gpt_neox(share: float, **changes: object) -> transformers.PreTrainedModel:
+    sizes = HF_SIZES | {"layer_norm_eps": 1e-5} | rope("default", partial_rotary_factor=share)
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes | changes))
+
+
 def rope(kind: str, **values: float) -> dict[str, object]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **values}}
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0} | values}
 
 
 LINEAR = RopeScaling(kind="linear", factor=4.0)
@@ -199,6 +178,11 @@ CASES = {
         lambda: llama(**HF_YARN),
         {"rope_scaling": YARN.model_copy(update={"beta_fast": 4.0})},
     ),
+    "qwen2": (
+        {"num_key_value_heads": 2, "attention_bias": True, "rope_theta": 1e6},
+        lambda: qwen2(num_key_value_heads=2, **rope("default", rope_theta=1e6)),
+        {"rope_theta": 9e5},
+    ),
     "qwen3": (
         {"head_dim": 16, "num_key_value_heads": 2, "qk_norm": True},
         lambda: qwen3(num_key_value_heads=2, tie_word_embeddings=False),
@@ -215,6 +199,13 @@ CASES = {
         {"sliding_window": 9},
     ),
     "gpt2": (GPT2, gpt2, {"activation": "gelu"}),
+    "gpt-neox": (NEOX, lambda: gpt_neox(0.5), {"rotary_fraction": 1.0}),
+    "gpt-neox-parallel": (NEOX, lambda: gpt_neox(0.5), {"parallel_residual": False}),
+    "gpt-neox-sequential": (
+        NEOX | {"parallel_residual": False, "rotary_fraction": 1.0},
+        lambda: gpt_neox(1.0, use_parallel_residual=False),
+        {"activation": "gelu_tanh"},
+    ),
 }
 
 
