@@ -101,7 +101,9 @@ class Chat:
         except (TemplateError, TypeError) as error:
             raise MegalmError(f"the chat template refuses these messages ({error}): change their roles") from None
         if unfinished:
-            text, _, behind = text.rpartition(END.strip())
+            text, shown, behind = text.rpartition(END.strip())
+            if not shown:
+                raise MegalmError("the chat template does not show the last message, which is to be continued: mend it")
             if not behind.startswith(" "):  # the template trims messages
                 text = text.rstrip()
         return text

@@ -72,6 +72,18 @@ def test_typed_control_tokens_stay_text(tokenizer: Tokenizer) -> None:
     assert len([i for i in Chat(tokenizer, mixed).encode(MESSAGES[:1]) if i in controls]) > 3
 
 
+def test_an_answer_that_has_begun(folder: Path, tokenizer: Tokenizer) -> None:
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token=NAMES[0]
+    )
+    for template in (CHATML, LLAMA):  # which trims messages
+        messages = [*MESSAGES, {"role": "assistant", "content": "It is "}]
+        expected = theirs.apply_chat_template(
+            messages, chat_template=template, continue_final_message=True, tokenize=False
+        )
+        assert Chat(tokenizer, template).render(messages, unfinished=True) == expected
+
+
 def test_the_end_of_a_turn(tokenizer: Tokenizer) -> None:
     assert Chat(tokenizer).ends == {tokenizer.special_tokens["<|im_end|>"]}
     assert Chat(tokenizer, LLAMA).ends == {tokenizer.special_tokens["<|eot|>"]}
@@ -94,6 +106,8 @@ def test_what_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
         Chat(tokenizer, "{% for %}")
     with pytest.raises(MegalmError, match=r"refuses these messages \(roles must alternate\)"):
         Chat(tokenizer, "{{ raise_exception('roles must alternate') }}").encode(MESSAGES)
+    with pytest.raises(MegalmError, match="does not show the last message"):
+        Chat(tokenizer, "{{ messages[0].content }}").render(MESSAGES, unfinished=True)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(MegalmError, match="cannot be read"):
         read_template(tmp_path)
