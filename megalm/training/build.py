@@ -56,7 +56,7 @@ def build_engine(
 ) -> tuple[Engine, list[LayerSpec]]:
     """This rank's part of the model at step 0, in the engine of its layout; and the whole model's layers."""
     model, tuning, parallel, train = config.model, config.tuning, config.parallel, config.train
-    tunings.check(tunings.shapes(model, tuning), tuning, tied=model.tie_word_embeddings)
+    joined.decide(lambda: tunings.check(tunings.shapes(model, tuning), tuning, tied=model.tie_word_embeddings))
     layers = (
         TensorParallelLayers(joined.tensor_group, sequence_parallel=parallel.sequence_parallel)
         if parallel.tensor > 1
