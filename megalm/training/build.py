@@ -61,7 +61,7 @@ def build_engine(
     draw: False leaves weights that are not numbers for a checkpoint to fill; to draw those of a large model takes long.
     """
     model, tuning, parallel, train = config.model, config.tuning, config.parallel, config.train
-    tunings.check(tunings.shapes(model, tuning), tuning, tied=model.tie_word_embeddings)
+    joined.decide(lambda: tunings.check(tunings.shapes(model, tuning), tuning, tied=model.tie_word_embeddings))
     layers = (
         TensorParallelLayers(joined.tensor_group, sequence_parallel=parallel.sequence_parallel)
         if parallel.tensor > 1

@@ -11,7 +11,7 @@ from megalm.models import tuning as tunings
 from megalm.models.decoder import build_model
 from megalm.nn.layers import Layers
 from megalm.training.config import RunConfig
-from tests.distributed.ranks import Pool, run_ranks
+from tests.distributed.ranks import Pool, RankFailed, run_ranks
 from tests.distributed.training import STEPS, VOCAB, config, engine_curve, global_batch, join, micro_batches
 
 peft = pytest.importorskip("peft")
@@ -151,6 +151,25 @@ def test_another_scale_or_method_is_seen() -> None:
     """Negative control."""
     assert distance(pefts_curve("lora", 1.01 * ALPHA), pefts_curve("lora"))[0] > 3 * LOSS
     assert distance(pefts_curve("dora"), pefts_curve("lora"))[0] > 3 * LOSS
+
+
+def frozen(patterns: list[str], **parallel: Any) -> RunConfig:
+    ours = run("full", **parallel)
+    model = ours.model.model_copy(update={"num_layers": 4})
+    return ours.model_copy(update={"model": model, "tuning": ours.tuning.model_copy(update={"freeze": patterns})})
+
+
+def test_a_part_of_a_pipeline_that_trains_nothing(pool: Pool) -> None:
+    """The first of DualPipeV's four parts is frozen whole; a rank that would train nothing is refused."""
+    patterns = ["embedding.*", "blocks.0.*"]
+    whole = pool.run(engine_curve, frozen(patterns, zero=1), 5)
+    cut = pool.run(engine_curve, frozen(patterns, pipeline=2, pipeline_schedule="dualpipev"), 5)
+    loss, norm = distance(cut[0], whole[0])
+    assert loss < LOSS and norm < NORM
+    with pytest.raises(RankFailed, match="tuning leaves pipeline stage 0 nothing to train: freeze less"):
+        run_ranks(2, engine_curve, frozen(["embedding.*", "blocks.[01].*"], pipeline=2))
+    with pytest.raises(RankFailed, match="tuning.freeze: blocks.9.* matches nothing in this model"):
+        run_ranks(2, engine_curve, frozen(["blocks.9.*"]))
 
 
 def head_first(ours: RunConfig, steps: int) -> tuple[list[float], list[dict[str, Any]]]:
