@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-matrix lint format
+.PHONY: help setup demo demo-sft test test-gpu test-matrix lint format
 
 # An environment is active if its activate script ran (conda's base environment is the system, not an environment).
 ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
@@ -55,6 +55,27 @@ demo: setup ## train a small model on real text and let it write; CORPUS=path fo
 	@$(PYTHON) megalm/train.py --config configs/demo.yaml
 	@echo && echo "What it writes:" && echo
 	@$(PYTHON) tools/generate.py $(DEMO)/run --prompt "The following" --max-new-tokens 120 --temperature 0.7 --top-p 0.9
+
+SFT := runs/demo-sft
+# What demo-sft learns: a folder with a classification set (.tsv: text and label, or a number of a name in *labels.txt)
+# and a chat set (*alpaca*.json or *chat*.json, .jsonl); by default rows about the Python installation itself.
+DATA ?=
+CLASSES := $(if $(DATA),tsv $(wildcard $(DATA)/*.tsv) $(addprefix --names ,$(wildcard $(DATA)/*labels.txt)),python-modules)
+CHATS := $(if $(DATA),rows $(wildcard $(DATA)/*alpaca*.json* $(DATA)/*chat*.json*),python-questions)
+QUESTION ?= What does dumps in Python's module json do?
+
+demo-sft: setup ## fine-tune the demo's model to classify and to chat, beside baselines; DATA=folder for your own rows
+	@test -e $(DEMO)/run/checkpoints/latest || $(MAKE) demo
+	@$(PYTHON) tools/prepare_rows.py $(CLASSES) --output $(SFT)/class_rows
+	@$(PYTHON) tools/prepare_rows.py $(CHATS) --output $(SFT)/chat_rows
+	@$(PYTHON) megalm/train.py --config configs/demo_classes.yaml
+	@$(PYTHON) tools/report_run.py $(SFT)/classes
+	@$(PYTHON) benchmarks/classifier_baselines.py --run $(SFT)/classes
+	@$(PYTHON) megalm/train.py --config configs/demo_chat.yaml
+	@echo && echo "$(QUESTION)" && echo && echo "Before:"
+	@$(PYTHON) tools/generate.py $(DEMO)/run --chat --prompt "$(QUESTION)" --max-new-tokens 60 --temperature 0
+	@echo && echo "After:"
+	@$(PYTHON) tools/generate.py $(SFT)/chat --chat --prompt "$(QUESTION)" --max-new-tokens 60 --temperature 0
 
 test test-gpu test-matrix: export OMP_NUM_THREADS ?= 1
 

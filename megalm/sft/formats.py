@@ -105,6 +105,29 @@ def squad(paths: Sequence[Path]) -> Iterator[Row]:
             raise MegalmError(f"{path} is not in SQuAD's format ({error!r}): name another format") from None
 
 
+def rows(paths: Sequence[Path]) -> Iterator[Row]:
+    """JSON (a list of objects) or JSONL, as it is."""
+    for path in paths:
+        if path.suffix == ".json":
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise MegalmError(f"{path} cannot be read as JSON ({error}): correct the path or the file") from None
+            if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+                raise MegalmError(f"{path} is not a list of JSON objects: name another format, or correct the file")
+            yield from found
+            continue
+        for number, line in read_lines(path):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                if not isinstance(row, dict):
+                    raise MegalmError(f"{path}:{number} is not a JSON object: correct the line")
+                yield row
+
+
 _SEMEVAL = re.compile(r'(\d+)\t"(.*)"\s*$')
 
 
@@ -174,6 +197,7 @@ def _first_paragraph(docstring: str) -> str:
 
 
 FORMATS: dict[str, Callable[..., Iterator[Row]]] = {
+    "rows": rows,
     "tsv": tsv,
     "conll": conll,
     "squad": squad,

@@ -76,6 +76,11 @@ def test_squad_with_and_without_answers(tmp_path: Path) -> None:
     assert second["answers"] == {"text": [], "answer_start": []}
 
 
+def test_rows_as_they_are(tmp_path: Path) -> None:
+    whole, lines = written(tmp_path, "a.json", '[{"a": 1}, {"b": "二"}]'), written(tmp_path, "a.jsonl", '{"c": 3}\n\n')
+    assert list(formats.rows([whole, lines])) == [{"a": 1}, {"b": "二"}, {"c": 3}]
+
+
 def test_parallel_text(tmp_path: Path) -> None:
     source, target = written(tmp_path, "a.en.gz", "one\n\ntwo\n"), written(tmp_path, "a.de", "eins\nleer\nzwei\n")
     assert list(formats.parallel([source, target])) == [
@@ -92,6 +97,7 @@ def test_parallel_text(tmp_path: Path) -> None:
         (formats.squad, "[]", "not in SQuAD's format"),
         (formats.semeval, '1\t"a"\n\n', r"file:2 should name the relation"),
         (formats.parallel, "a\n", "two files"),
+        (formats.rows, '{"a": 1}\n[]\n', r"file:2 is not a JSON object"),
     ],
 )
 def test_what_is_not_in_the_format_is_refused(tmp_path: Path, read: object, text: str, message: str) -> None:
