@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megalm.data.config import DataConfig
 from megalm.data.corpus import read_lines
+from megalm.errors import MegalmError
 from megalm.sft import text
 from megalm.sft.config import TaskConfig, TaskKind
 from megalm.sft.read import read_examples, row_files
@@ -18,6 +19,10 @@ Opener = Callable[[TaskConfig, DataConfig, Tokenizer, int], Task]
 
 OPENERS: Mapping[TaskKind, Opener] = {
     "chat": text.open_chat,
+    "dialogue": text.open_dialogue,
+    "summarization": text.open_asked,
+    "translation": text.open_asked,
+    "continuation": text.open_continuation,
 }
 """How a task of each kind is made."""
 FORMAT = 1
@@ -29,6 +34,8 @@ LOOKED_AT = 100
 
 def open_task(config: TaskConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int) -> Task:
     """The task of a config. Raises MegalmError if it cannot be had with this tokenizer, or its files do not serve."""
+    if config.kind not in OPENERS:
+        raise MegalmError(f"task.kind {config.kind} is not built yet: choose from {', '.join(OPENERS)}")
     return OPENERS[config.kind](config, data, tokenizer, sequence_length)
 
 
