@@ -27,6 +27,17 @@ from megalm.training.run import Run
 BYTES_PER_PARAMETER = 12
 """fp32 master weight and two moments."""
 
+TASK_KEYS = (
+    "kind",
+    "columns",
+    "template",
+    "prompt",
+    "train_on",
+    "arrangement",
+    "long_examples",
+    "labels",
+    "multi_label",
+)
 _SAME = (
     ("model", "it would be another model"),
     ("tuning", "other parameters would be trained"),
@@ -35,6 +46,7 @@ _SAME = (
     ("train.sequence_length", "the samples would be cut elsewhere"),
     ("train.precision", "the curve would be another"),
     ("data.attend_across_documents", "the samples would be masked otherwise"),
+    *((f"task.{key}", "the examples would be others") for key in TASK_KEYS),
     ("deepspeed", "DeepSpeed would do otherwise"),
 )
 """Keys a run keeps for life, and what would happen otherwise; the loader sees to those that order the samples."""
