@@ -36,6 +36,7 @@ from megalm.training.callbacks.checkpoints import Checkpoints
 from megalm.training.callbacks.evaluation import Evaluation
 from megalm.training.callbacks.garbage import GarbageCollection
 from megalm.training.callbacks.metrics import Metrics
+from megalm.training.callbacks.selection import Selection
 from megalm.training.callbacks.signals import Signals
 from megalm.training.config import RunConfig
 from megalm.training.lock import Lock
@@ -178,11 +179,16 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         held_out=held_out,
         loader=loader,
         facts=facts,
-        # In this order each step: judge, listen, measure, write down, save.
+        # In this order each step: judge, listen, measure, select, write down, save.
         callbacks=[
             anomalies,
             Signals(),
-            Evaluation(config.evaluate.every, _held_out_bytes(planned, joined, held_out)),
+            Evaluation(
+                config.evaluate.every,
+                _held_out_bytes(planned, joined, held_out),
+                config.evaluate.epochs * loader.epoch,
+            ),
+            *([Selection(config.evaluate)] if config.evaluate.selects else []),
             Metrics(logging, device),
             Checkpoints(config.checkpoint.every),
             GarbageCollection(logging.garbage_collection_every),

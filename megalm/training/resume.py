@@ -115,6 +115,7 @@ def save(run: Run, *, wait: bool) -> None:
         versions={name: version(name) for name in ("megalm", "torch", "deepspeed", "megatron-core")},
     )
     rank, config, ranks = run.groups.rank, run.config.checkpoint, run.beside
+    best = run.best
 
     def write(snapshot: Snapshot) -> Path:
         return checkpoints.save(
@@ -124,6 +125,7 @@ def save(run: Run, *, wait: bool) -> None:
             ranks,
             keep_last=config.keep_last,
             keep_every=config.keep_every,
+            best=best,
             needed=run.engine.num_parameters * BYTES_PER_PARAMETER,
         )
 

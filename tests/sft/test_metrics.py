@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import sacrebleu
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import f1_score
@@ -37,6 +37,7 @@ def test_the_majority_class_alone_has_a_high_accuracy_and_a_low_macro_f1() -> No
     assert scores["accuracy"] == 0.9 and scores["macro_f1"] == pytest.approx((18 / 19 + 0) / 2)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.sets(st.sampled_from("abc")), st.sets(st.sampled_from("abc"))), min_size=1, max_size=8))
 def test_several_labels_are_scored_as_sklearn_scores_them(rows: list[tuple[set[str], set[str]]]) -> None:
     true, said = zip(*rows)
