@@ -54,7 +54,13 @@ def plot_evaluations(report: Mapping[str, Any]) -> bytes | None:
     """A panel for each metric over steps, a line for each corpus, and where the best evaluation stands; a PNG, or None
     where there is nothing to draw."""
     found = report["evaluations"]
-    names = sorted({metric for each in found for metric in each["metrics"]}, key=lambda name: name != report["metric"])
+    known = {
+        metric
+        for each in found
+        for metric, values in each["metrics"].items()
+        if any(value is not None and math.isfinite(value) for value in values.values())
+    }
+    names = sorted(known, key=lambda name: (name != report["metric"], name))
     if not names:
         return None
     corpora = list(dict.fromkeys(corpus for each in found for values in each["metrics"].values() for corpus in values))

@@ -36,6 +36,7 @@ TASK_KEYS = (
     "long_examples",
     "labels",
     "multi_label",
+    "augment",
 )
 _SAME = (
     ("model", "it would be another model"),
