@@ -1,8 +1,8 @@
 """Train a language model: deepspeed megalm/train.py --config FILE [--set key=value ...]
 
 Pretraining and fine-tuning alike, on one CPU or a thousand GPUs: the config says what, the launcher says where.
-Exit codes: 0 done; 2 a mistake in the config or the files; 3 stopped by the anomaly policy; 75 stopped by a signal
-after saving, to be started again.
+Exit codes: 0 done, at the last step or by evaluate.patience; 2 a mistake in the config or the files; 3 stopped by the
+anomaly policy; 75 stopped by a signal after saving, to be started again.
 """
 
 import sys

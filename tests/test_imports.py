@@ -33,7 +33,7 @@ ALLOWED = {
     # nn: the factory of layers, the cache of keys; layout: which models a tensor degree can cut
     "convert": {"models", "nn", "checkpoint", "tokenizer", "config"},
     "eval": {"models", "nn", "checkpoint", "tokenizer", "layout", "config"},
-    "sft": {"data", "tokenizer", "nn", "config"},
+    "sft": {"data", "tokenizer", "nn", "metrics", "config"},  # metrics: a run's records and pictures, for its report
 }
 ALLOWED["training"] = set(ALLOWED)
 ALLOWED["train"] = {*ALLOWED}

@@ -1,4 +1,4 @@
-"""RUN/checkpoints: step-N folders that are whole or absent, and `latest`, which names the newest."""
+"""RUN/checkpoints: step-N folders that are whole or absent; `latest`, which names the newest; and `best`."""
 
 import os
 import re
@@ -15,6 +15,8 @@ from megalm.checkpoint.manifest import Manifest
 from megalm.errors import MegalmError
 
 LATEST = "latest"
+BEST = "best"
+"""Names the checkpoint whose evaluation was the best, where evaluate.keep_best says so."""
 WENT_BACK = "went-back"
 """Names the checkpoint that the run was last told to go back to."""
 
@@ -64,6 +66,28 @@ def newest(directory: Path) -> Path | None:
     return directory / found[-1] if found else None
 
 
+def best(directory: Path) -> Path | None:
+    """The whole checkpoint of RUN/checkpoints that `best` names, or None."""
+    return _named(directory / BEST)
+
+
+def set_best(directory: Path, step: int | None) -> None:
+    """Let `best` name the checkpoint of a step, unless there is none that is whole; None: let it name nothing."""
+    if step is None:
+        (directory / BEST).unlink(missing_ok=True)
+    elif best(directory) != (folder := directory / f"step-{step}") and (folder / manifests.NAME).exists():
+        _note(directory / BEST, folder.name)
+        _sync(directory)
+
+
+def _named(pointer: Path) -> Path | None:
+    """The whole checkpoint that a file beside it names, or None."""
+    if not pointer.is_file():
+        return None
+    folder = pointer.with_name(pointer.read_text(errors="replace").strip() or "step-")
+    return folder if _number(folder) >= 0 and (folder / manifests.NAME).exists() else None
+
+
 def read(folder: Path) -> Manifest:
     """The manifest of a checkpoint. Raises MegalmError if it is damaged, naming the newest whole one beside it."""
     try:
@@ -82,7 +106,7 @@ def refuse_headless(directory: Path) -> None:
 
 
 def resolve(path: Path) -> Path:
-    """A checkpoint folder from itself, a run folder (its newest) or a RUN/checkpoints folder.
+    """A checkpoint folder from itself, a run folder (its newest), RUN/checkpoints, or `latest` or `best` in it.
 
     Raises MegalmError if there is none.
     """
@@ -90,6 +114,8 @@ def resolve(path: Path) -> Path:
         raise MegalmError(f"{path} does not exist: name a run folder or RUN/checkpoints/step-N")
     if (path / manifests.NAME).exists():
         return path
+    if path.name in (LATEST, BEST) and (named := _named(path)):
+        return named
     for directory in (path / "checkpoints", path):
         if folder := newest(directory):
             return folder
@@ -120,13 +146,15 @@ def save(
     *,
     keep_last: int = 0,
     keep_every: int = 0,
+    best: int | None = None,
     needed: int = 0,
 ) -> Path:
     """Write RUN/checkpoints/step-N: shards into a temporary folder, manifest last, synced, then renamed.
 
     write_shards writes this rank's files, synced, into the folder it is given, and describes them; the manifest's
     `files` and `parameters` are made of that. needed: bytes that all files will take, about. keep_last, keep_every: see
-    CheckpointConfig. Every rank calls save. A crash at any moment leaves the checkpoints before it as they were.
+    CheckpointConfig. best: step of the best checkpoint so far, this one or an earlier one, which is kept. Every rank
+    calls save. A crash at any moment leaves the checkpoints before it as they were.
 
     Raises NotWritten on every rank when a disk is full, read-only or fails on one.
     """
@@ -155,6 +183,8 @@ def save(
             parameters = tensors.merge(table for _, table in everyone)
             manifests.write(partial, replace(manifest, files=files, parameters=parameters))
             _put_in_place(partial, final)
+            if best is not None:
+                set_best(directory, best)
     if ranks.rank == 0 and keep_last:
         with suppress(OSError):  # the new one stands: an old one that a reader keeps from going is no fault of it
             _retain(directory, manifest.step, keep_last, keep_every)
@@ -219,11 +249,12 @@ def _note(path: Path, name: str) -> None:
 
 
 def _retain(directory: Path, step: int, keep_last: int, keep_every: int) -> None:
-    """Delete checkpoints up to `step` but the last ones and those at multiples."""
+    """Delete checkpoints up to `step` but the last ones, those at multiples, and the best."""
     # Steps ahead of this one are of a course that the run left: never a reason to remove this one.
     behind = [other for other in steps(directory) if other <= step]
+    kept = best(directory)
     for other in behind[:-keep_last]:
-        if not keep_every or other % keep_every:
+        if (not keep_every or other % keep_every) and directory / f"step-{other}" != kept:
             _delete(_set_aside(directory / f"step-{other}"))
 
 

@@ -7,7 +7,7 @@ and has weight 0. So no position sees another example, and none is trained on wh
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -137,6 +137,7 @@ class Rows:
         facts: Mapping[str, Any],
         fixed_length: bool = False,
         multiple: int = 1,
+        augment: Callable[[np.ndarray, int, int], np.ndarray] | None = None,
     ) -> None:
         """Arrange the examples.
 
@@ -151,12 +152,15 @@ class Rows:
             fixed_length: batches are [rows, S], as pipelines need; packed ones always are. Otherwise they are as long
                 as their longest example,
             multiple: rounded up to a multiple of this, which divides S.
+            augment: what the model reads in place of an example's ids, given also the sample's number and the place in
+                its row where the example begins.
         """
         self.sets = list(sets)
         self._length = sequence_length
         self._pad_id = pad_id
         self._fixed = fixed_length or arrangement == "packed"
         self._multiple = multiple
+        self._augment = augment
         self._sorted = arrangement == "sorted"
         self._batch = global_batch_size
         # Of each set: the examples row by row, and where each row begins among them.
@@ -200,12 +204,13 @@ class Rows:
         labels = np.zeros((*shape, *self.sets[0].labels.shape[1:]), np.int64)
         mask = np.zeros(shape, np.float32)
         segments, positions = np.zeros(shape, np.int64), np.empty(shape, np.int64)
-        for place, (row, examples) in enumerate(zip(rows, placed)):
+        for place, (row, sample, examples) in enumerate(zip(rows, sample_ids, placed)):
             end = 0
             for segment, (number, start, end) in enumerate(examples):
                 assert row is not None
                 example = self.sets[row[0]][number]
-                tokens[place, start:end] = example.ids
+                ids = example.ids if self._augment is None else self._augment(example.ids, int(sample), start)
+                tokens[place, start:end] = ids
                 labels[place, start:end] = example.labels
                 mask[place, start:end] = example.weights
                 segments[place, start:end] = segment

@@ -91,6 +91,8 @@ class Loader:
             "weights": [corpus.weight for corpus in samples.corpora],
         }
         """What fixes the order of samples."""
+        self.epoch = sum(corpus.samples for corpus in samples.corpora)
+        """Samples of all corpora: a pass over the data, whatever the weights."""
         self.restarted = ""
         if state is not None:
             self.restarted = ", ".join(self._differences(state, allowed))

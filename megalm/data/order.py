@@ -50,6 +50,13 @@ class Permutation:
         return left * np.uint64(self._right) + right
 
 
+def uniform(places: np.ndarray, *key: object) -> np.ndarray:
+    """Numbers in [0, 1), one for each of some places (integers from 0), fixed by it and the key."""
+    keys = derive_keys(*key)
+    hashed = _mix(_mix(np.asarray(places).astype(np.uint64) ^ keys[0]) ^ keys[1])
+    return (hashed >> np.uint64(11)) * 2.0**-53
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele, Lea and Flood 2014), modulo 2^64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -49,11 +49,13 @@ class Course:
 
 
 def read_course(path: Path) -> Course:
-    """Of a run folder, or up to the step of RUN/checkpoints/step-N.
+    """Of a run folder, or up to the step of RUN/checkpoints/step-N, or of `best` beside it, which names one.
 
     loss: of the last record, in nats per token. Raises MegalmError for what is neither, or has no records yet.
     """
     named = path.resolve()
+    if named.parent.name == "checkpoints" and named.is_file():  # best, or latest
+        named = named.with_name(named.read_text(errors="replace").strip())
     checkpoint = named.parent.name == "checkpoints" and named.name.startswith("step-")
     run, last = (named.parent.parent, int(named.name.removeprefix("step-"))) if checkpoint else (named, math.inf)
     metrics = run / "metrics.jsonl"

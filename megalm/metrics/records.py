@@ -2,7 +2,9 @@
 
 Keys that readers know: step (optimizer steps done), loss (nats per token), lr, grad_norm, tokens (trained so far),
 tokens_per_second, memory (bytes), held_out ({corpus: nats per token}), bits_per_byte ({corpus: bits per byte of
-held-out text}). Others pass through. A number that is not finite is written as null, since JSON has no name for it.
+held-out text}), scores ({corpus: {metric: value}}), selection ({value, best, best_step, since}: what evaluate.metric
+was, and is at its best). Others pass through. A number that is not finite is written as null, since JSON has no name
+for it.
 """
 
 import json
@@ -29,6 +31,18 @@ def read_records(path: Path) -> Iterator[Record]:
                 yield record
             else:
                 logger.warning("%s line %d is not a record (cut short?) and is left out", path, number)
+
+
+def evaluated(record: Record) -> dict[str, dict[str, float]]:
+    """What an evaluation said, as {metric: {corpus: value}}; empty for the record of a step without one."""
+    found: dict[str, dict[str, float]] = {
+        "loss": dict(record.get("held_out") or {}),
+        "bits_per_byte": dict(record.get("bits_per_byte") or {}),
+    }
+    for corpus, scores in (record.get("scores") or {}).items():
+        for metric, value in scores.items():
+            found.setdefault(metric, {})[corpus] = value
+    return {metric: values for metric, values in found.items() if values}
 
 
 def write_record(record: Record) -> str:

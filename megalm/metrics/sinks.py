@@ -1,6 +1,6 @@
 """Where the records of a run go. Only one rank has sinks.
 
-A record is a flat dict with `step`, and nested `held_out` and `bits_per_byte`; metrics/records.py names the keys.
+A record is a dict with `step` and nested ones (held_out, scores, ...); metrics/records.py names the keys.
 """
 
 import os
@@ -114,6 +114,9 @@ class ConsoleSink:
             self._bar.set_postfix_str(line)
         if held_out:
             self.say(f"step {self._last} held-out loss  {held_out}")
+        for corpus, scores in (record.get("scores") or {}).items():
+            said = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            self.say(f"step {self._last} scores of {corpus}  {said}")
 
     def say(self, text: str) -> None:
         """Print one line; a bar stays below it."""
@@ -208,10 +211,9 @@ class TensorboardSink:
 
 
 def flatten(record: Record) -> Record:
-    """{"held_out": {"web": 3.2}} becomes {"held_out/web": 3.2}."""
+    """{"scores": {"web": {"f1": 0.9}}} becomes {"scores/web/f1": 0.9}."""
     flat: Record = {}
     for key, value in record.items():
-        flat.update(
-            {f"{key}/{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
-        )
+        inner = {f"{key}/{name}": item for name, item in flatten(value).items()} if isinstance(value, dict) else None
+        flat.update({key: value} if inner is None else inner)
     return flat

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 
 from megalm.config import Config
 
@@ -18,6 +18,31 @@ TaskKind = Literal[
     "relation_extraction",
     "question_answering",
 ]
+
+
+CLASSIFICATION: tuple[TaskKind, ...] = ("text_classification", "pair_classification", "relation_extraction")
+"""Kinds of which a row has one label, or several if multi_label."""
+
+
+class AugmentConfig(Config):
+    """More from the same training rows; what is held out stays as it is."""
+
+    token_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of a row's tokens that the model reads as unknown, others each time the row comes; never control tokens."""
+    dropout_token: str | None = None
+    """What stands in their place. Default: the tokenizer's unknown token, else its padding."""
+    synonyms: str | None = None
+    """text_classification, pair_classification: file of lines of a word, a tab, and its synonyms with commas between
+    them; English words or Chinese strings."""
+    synonym_columns: list[str] = Field(default=["text"], min_length=1)
+    """Columns of the data in which words are replaced."""
+    synonym_share: float = Field(0.1, gt=0, le=1)
+    """Share of the words that have synonyms which is replaced."""
+    synonym_copies: PositiveInt = 1
+    """Copies of each row with replaced words, beside the row itself."""
+    class_alpha: float = Field(1.0, ge=0, le=1)
+    """One label a row: a class of n rows is seen in proportion to n to this power, by repeating the rows of rare ones.
+    1 changes nothing, 0 lets all classes be seen equally often."""
 
 
 class TaskConfig(Config):
@@ -44,3 +69,17 @@ class TaskConfig(Config):
     """Names of the classes, in the order of their numbers. Default: those in the training rows, sorted."""
     multi_label: bool = False
     """text_classification: a row may have any number of labels, as a list."""
+    augment: AugmentConfig = AugmentConfig()
+    """More from the same training rows."""
+
+    @model_validator(mode="after")
+    def _augmentable(self) -> "TaskConfig":
+        if self.augment.synonyms is not None and self.kind not in (kinds := CLASSIFICATION[:2]):
+            raise ValueError(
+                f"task.augment.synonyms would move what a row of {self.kind} points at, or change what is learnt to be "
+                f"said: leave it out, it serves {' and '.join(kinds)}"
+            )
+        if self.augment.class_alpha < 1 and (self.kind not in CLASSIFICATION or self.multi_label):
+            what = "several labels" if self.multi_label else f"the kind {self.kind}"
+            raise ValueError(f"task.augment.class_alpha needs one label a row, and {what} has not: leave it at 1")
+        return self

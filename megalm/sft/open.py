@@ -9,6 +9,7 @@ from megalm.data.config import DataConfig
 from megalm.data.corpus import read_lines
 from megalm.errors import MegalmError
 from megalm.sft import text
+from megalm.sft.augment import Synonyms
 from megalm.sft.config import TaskConfig, TaskKind
 from megalm.sft.read import read_examples, row_files
 from megalm.sft.task import Task
@@ -46,13 +47,20 @@ def check_rows(task: Task, data: DataConfig, sequence_length: int) -> None:
 
 
 def keep_examples(
-    task: Task, config: TaskConfig, path: str, tokenizer: Tokenizer, sequence_length: int, folder: Path
+    task: Task,
+    config: TaskConfig,
+    path: str,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    folder: Path,
+    synonyms: Synonyms | None = None,
 ) -> Path:
     """Where below `folder` the examples of a source lie (data.examples.ExampleSet.load); they are made if they do not
     lie there yet. Raises MegalmError as read_examples does."""
     digest = hashlib.sha256()
     deciding = [
-        FORMAT, config.model_dump(), dict(task.facts), tokenizer.fingerprint, tokenizer.pad_id, sequence_length, path
+        FORMAT, config.model_dump(), dict(task.facts), tokenizer.fingerprint, tokenizer.pad_id, sequence_length, path,
+        synonyms.facts if synonyms else None,
     ]  # fmt: skip
     digest.update(json.dumps(deciding, sort_keys=True).encode())
     for file in row_files(path):
@@ -60,5 +68,5 @@ def keep_examples(
             digest.update(line)
     kept = folder / digest.hexdigest()[:16]
     if not kept.exists():
-        read_examples(task, path, sequence_length, config.long_examples).save(kept)
+        read_examples(task, path, sequence_length, config.long_examples, variants=synonyms).save(kept)
     return kept

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,10 +106,12 @@ def read_examples(
     sequence_length: int,
     long_examples: Literal["refuse", "drop", "truncate"],
     at_most: int | None = None,
+    variants: Callable[[Mapping[str, Any], int, int], Iterable[Mapping[str, Any]]] | None = None,
 ) -> ExampleSet:
     """The examples of a file or folder of rows, in order; its report says what was left out or cut, and where.
 
-    at_most: look at so many rows only.
+    at_most: look at so many rows only. variants: what a row stands for (sft.augment.Synonyms), given the number of its
+    file and its line; itself if not given.
 
     Raises MegalmError for a file that cannot be read, if nothing is left, and for a long example that is refused.
     """
@@ -126,7 +128,11 @@ def read_examples(
             report.rows += 1
             place = f"{name}{word} {line}"
             try:
-                examples = _examples(task, row, seen)
+                if isinstance(row, Refused):
+                    raise row
+                _require_new(row, seen)
+                alike = variants(row, number, line) if variants else [row]
+                examples = [example for each in alike for example in task.examples(each)]
             except Refused as refused:
                 report.add(str(refused), place)
                 continue
@@ -163,10 +169,8 @@ def _sizes(found: tuple[Example, int, int]) -> tuple[int, int]:
     return len(found[0].ids), found[0].weights.astype(bool).sum()
 
 
-def _examples(task: Task, row: Mapping[str, Any] | Refused, seen: set[bytes]) -> list[Example]:
-    """What the task makes of a row, unless it is one of `seen`, to which it is added."""
-    if isinstance(row, Refused):
-        raise row
+def _require_new(row: Mapping[str, Any], seen: set[bytes]) -> None:
+    """Raise Refused for a row that is one of `seen`, to which it is added."""
     try:
         content = json.dumps(row, ensure_ascii=False, sort_keys=True, default=str).encode()
     except UnicodeEncodeError:
@@ -175,4 +179,3 @@ def _examples(task: Task, row: Mapping[str, Any] | Refused, seen: set[bytes]) ->
     if digest in seen:
         raise Refused("duplicate")
     seen.add(digest)
-    return task.examples(row)

@@ -32,6 +32,7 @@ from megalm.parallel.engine import Engine
 from megalm.parallel.groups import Groups
 from megalm.parallel.pipeline import pipeline_module
 from megalm.parallel.tensor import TensorParallelLayers
+from megalm.sft.augment import TokenDropout, open_augment, repeat_rare
 from megalm.sft.open import keep_examples
 from megalm.training import resume
 from megalm.training.callbacks.anomalies import Anomalies
@@ -39,6 +40,7 @@ from megalm.training.callbacks.checkpoints import Checkpoints
 from megalm.training.callbacks.evaluation import Evaluation
 from megalm.training.callbacks.garbage import GarbageCollection
 from megalm.training.callbacks.metrics import Metrics
+from megalm.training.callbacks.selection import Selection
 from megalm.training.callbacks.signals import Signals
 from megalm.training.config import RunConfig
 from megalm.training.lock import Lock
@@ -210,11 +212,16 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         held_out=held_out,
         loader=loader,
         facts=facts,
-        # In this order each step: judge, listen, measure, write down, save.
+        # In this order each step: judge, listen, measure, select, write down, save.
         callbacks=[
             anomalies,
             Signals(),
-            Evaluation(config.evaluate.every, _held_out_bytes(planned, joined, held_out)),
+            Evaluation(
+                config.evaluate.every,
+                _held_out_bytes(planned, joined, held_out),
+                config.evaluate.epochs * loader.epoch,
+            ),
+            *([Selection(config.evaluate)] if config.evaluate.selects else []),
             Metrics(logging, device),
             Checkpoints(config.checkpoint.every),
             GarbageCollection(logging.garbage_collection_every),
@@ -242,6 +249,7 @@ def open_samples(planned: Plan, joined: Groups, sources: Sequence[SourceConfig] 
     """
     config, tokenizer = planned.config, planned.tokenizer
     data, task = config.data, planned.task
+    training = sources is None
     sources = data.sources if sources is None else sources
     if task is None:
         return Windows(
@@ -252,6 +260,7 @@ def open_samples(planned: Plan, joined: Groups, sources: Sequence[SourceConfig] 
             verify_checksums=data.verify_checksums,
         )
     assert config.task is not None
+    augment = open_augment(config.task, tokenizer, config.run.seed) if training else None
     kept = partial(
         keep_examples,
         task,
@@ -259,12 +268,18 @@ def open_samples(planned: Plan, joined: Groups, sources: Sequence[SourceConfig] 
         tokenizer=tokenizer,
         sequence_length=config.train.sequence_length,
         folder=Path(config.run.directory) / "examples",
+        synonyms=augment.synonyms if augment else None,
     )
     folders = joined.decide(lambda: [kept(path=source.path) for source in sources])
-    return arrange(planned, [ExampleSet.load(folder) for folder in folders], sources)
+    sets = [ExampleSet.load(folder) for folder in folders]
+    if augment and augment.alpha < 1:
+        sets = [repeat_rare(each, augment.alpha, task.facts.get("labels", ())) for each in sets]
+    return arrange(planned, sets, sources, augment.dropout if augment else None)
 
 
-def arrange(planned: Plan, sets: Sequence[ExampleSet], sources: Sequence[SourceConfig]) -> Rows:
+def arrange(
+    planned: Plan, sets: Sequence[ExampleSet], sources: Sequence[SourceConfig], dropout: TokenDropout | None = None
+) -> Rows:
     """The rows of a fine-tuning run, from the examples of each source."""
     config, task = planned.config, planned.task
     assert config.task is not None and task is not None
@@ -278,6 +293,7 @@ def arrange(planned: Plan, sets: Sequence[ExampleSet], sources: Sequence[SourceC
         facts={"tokenizer": planned.tokenizer.fingerprint, **task.facts},
         fixed_length=config.parallel.pipeline > 1,
         multiple=config.parallel.tensor if config.parallel.sequence_parallel else 1,
+        augment=dropout,
     )
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megalm.checkpoint.config import CheckpointConfig
 from megalm.config import Config
@@ -13,6 +13,7 @@ from megalm.optim.config import OptimizerConfig, ScheduleConfig
 from megalm.parallel.config import ParallelConfig
 from megalm.parallel.deepspeed_config import check_pass_through
 from megalm.sft.config import TaskConfig
+from megalm.sft.metrics import GREATER_IS_BETTER
 
 
 class RunSection(Config):
@@ -53,12 +54,47 @@ class TrainSection(Config):
 
 
 class EvaluateSection(Config):
-    """Held-out loss during training."""
+    """Held-out loss and scores during training, and what follows from them."""
 
     every: NonNegativeInt = 0
     """Steps between evaluations; the last step always evaluates. 0: only the last."""
+    epochs: NonNegativeFloat = 0
+    """Passes over data.sources between evaluations, in place of `every`: 1 evaluates after each, 0.5 twice in each."""
     sequences: PositiveInt = 64
     """Sequences per held-out corpus, spread evenly over it and always the same."""
+    metric: str = "loss"
+    """What patience and keep_best go by: `loss`, `bits_per_byte` or a score of the task. Of several held-out corpora,
+    their mean."""
+    greater_is_better: bool | None = None
+    """Of that metric. Default: known for every metric of megalm's own."""
+    patience: NonNegativeInt = 0
+    """Evaluations without a better one after which the run stops, saved and done. 0: never."""
+    keep_best: bool = False
+    """Save the checkpoint of each evaluation that is the best so far, keep it whatever checkpoint.keep_last says, and
+    let RUN/checkpoints/best name it."""
+
+    @property
+    def selects(self) -> bool:
+        """Whether anything follows from an evaluation."""
+        return bool(self.patience or self.keep_best)
+
+    @property
+    def greater(self) -> bool:
+        """Whether a greater value of the metric is better."""
+        return GREATER_IS_BETTER[self.metric] if self.greater_is_better is None else self.greater_is_better
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EvaluateSection":
+        if self.every and self.epochs:
+            raise ValueError(
+                f"evaluate.every {self.every} and evaluate.epochs {self.epochs:g} exclude each other: set one"
+            )
+        if self.greater_is_better is None and self.metric not in GREATER_IS_BETTER:
+            raise ValueError(
+                f"evaluate.metric {self.metric} is not one of megalm's ({', '.join(GREATER_IS_BETTER)}): correct it, "
+                "or say with evaluate.greater_is_better which way is better"
+            )
+        return self
 
 
 class RunConfig(Config):
@@ -85,7 +121,7 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
     evaluate: EvaluateSection = EvaluateSection()
-    """Held-out loss."""
+    """Held-out loss and scores."""
     logging: LoggingConfig = LoggingConfig()
     """Reports."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -128,6 +164,18 @@ class RunConfig(Config):
         held_out = [source.path for source in self.data.held_out]
         if twice := sorted({path for path in held_out if held_out.count(path) > 1}):
             raise ValueError(f"data.held_out names {twice[0]} twice: name each corpus once")
+        if self.evaluate.selects and not held_out:
+            key = "patience" if self.evaluate.patience else "keep_best"
+            raise ValueError(f"evaluate.{key} needs something to evaluate: name a corpus in data.held_out")
+        if (
+            self.evaluate.selects
+            and self.task is None
+            and self.evaluate.metric not in (known := ("loss", "bits_per_byte"))
+        ):
+            raise ValueError(
+                f"evaluate.metric {self.evaluate.metric} is a score of fine-tuning, and without a task a run has only "
+                f"{' and '.join(known)}: choose one of them"
+            )
         if not self.data.sources:
             raise ValueError("data.sources is empty: name at least one shard folder")
         if not self.data.tokenizer:

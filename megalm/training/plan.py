@@ -9,6 +9,7 @@ from megalm.errors import MegalmError
 from megalm.layout import Layout, check_model
 from megalm.parallel.config import ParallelConfig
 from megalm.parallel.proved import proved
+from megalm.sft.augment import open_augment
 from megalm.sft.open import check_rows, open_task
 from megalm.sft.task import Task
 from megalm.tokenizer.base import Tokenizer
@@ -75,6 +76,7 @@ def plan(config: RunConfig, world_size: int) -> Plan:
     if config.task:
         task = open_task(config.task, config.data, tokenizer, train.sequence_length)
         check_rows(task, config.data, train.sequence_length)
+        open_augment(config.task, tokenizer, config.run.seed)
     else:
         for source in (*config.data.sources, *config.data.held_out):
             ShardReader(source.path, tokenizer)

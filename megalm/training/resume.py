@@ -37,6 +37,7 @@ TASK_KEYS = (
     "long_examples",
     "labels",
     "multi_label",
+    "augment",
 )
 _SAME = (
     ("model", "it would be another model"),
@@ -135,6 +136,7 @@ def save(run: Run, *, wait: bool) -> None:
         versions={name: version(name) for name in ("megalm", "torch", "deepspeed", "megatron-core")},
     )
     rank, config, ranks = run.groups.rank, run.config.checkpoint, run.beside
+    best = run.best
 
     def write(snapshot: Snapshot) -> Path:
         return checkpoints.save(
@@ -144,6 +146,7 @@ def save(run: Run, *, wait: bool) -> None:
             ranks,
             keep_last=config.keep_last,
             keep_every=config.keep_every,
+            best=best,
             needed=run.engine.num_parameters * BYTES_PER_PARAMETER,
         )
 

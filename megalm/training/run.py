@@ -44,7 +44,8 @@ class Run:
     """layer_names: of the whole model, in order. held_out: this rank's micro-batches per corpus. facts: what
     was chosen for this run, for its log. beside: all ranks, for the saver's thread. step: optimizer steps done. tokens:
     trained tokens so far. stop: an exit code once the run should end. blocked: seconds the newest save held up
-    training. failed_saves: checkpoints that could not be written."""
+    training. failed_saves: checkpoints that could not be written. best: step of the best evaluation so far, whose
+    checkpoint is kept, where evaluate.keep_best says so."""
 
     plan: Plan
     groups: Groups
@@ -63,6 +64,7 @@ class Run:
     stop: int | None = None
     blocked: float = 0.0
     failed_saves: int = 0
+    best: int | None = None
 
     @property
     def config(self) -> RunConfig:

@@ -119,6 +119,27 @@ def test_keep_every(tmp_path: Path) -> None:
     assert checkpoints.steps(tmp_path) == [20, 40, 50]
 
 
+def test_the_best_is_kept_under_its_name(tmp_path: Path) -> None:
+    def save_best(step: int, best: int | None) -> None:
+        checkpoints.save(tmp_path, replace(EMPTY, step=step), shards(f"{step}"), Alone(), keep_last=1, best=best)
+
+    save_best(1, None)
+    assert checkpoints.best(tmp_path) is None
+    save_best(2, 2)
+    save_best(3, 2)
+    assert checkpoints.steps(tmp_path) == [2, 3] and content(checkpoints.resolve(tmp_path / "best")) == "2"
+    save_best(4, 9)
+    assert checkpoints.best(tmp_path) == tmp_path / "step-2", "one that could not be written is not named"
+    save_best(5, 5)
+    assert checkpoints.steps(tmp_path) == [5], "the former best has to go"
+    shutil.rmtree(tmp_path / "step-5")
+    assert checkpoints.best(tmp_path) is None
+    with pytest.raises(MegalmError, match="best holds no whole checkpoint"):
+        checkpoints.resolve(tmp_path / "best")
+    checkpoints.set_best(tmp_path, None)
+    assert not (tmp_path / "best").exists() and not leftovers(tmp_path)
+
+
 def test_a_run_that_goes_back_keeps_what_it_then_writes(tmp_path: Path) -> None:
     """After resuming from step 10, steps 20 and 30 belong to a course that the run left."""
     for step in (10, 20, 30):

@@ -19,7 +19,7 @@ from megalm.training.callbacks.evaluation import Evaluation
 from megalm.training.callbacks.garbage import GarbageCollection
 from megalm.training.config import RunConfig
 from megalm.training.plan import plan
-from megalm.training.run import ANOMALY, PREEMPTED, Callback, Run
+from megalm.training.run import ANOMALY, DONE, PREEMPTED, Callback, Run
 from tests.distributed import sabotage
 from tests.distributed.ranks import run_ranks
 from tests.training.runs import NaNAt, curve, train_run
@@ -35,7 +35,7 @@ class StandIn:
     is_last_step = Run.is_last_step
 
     def __init__(self, step: int = 0, steps: int = 100) -> None:
-        self.step, self.stop = step, None
+        self.step, self.stop, self.best = step, None, None
         self.said: list[str] = []
         self.say = self.said.append
         train = type("Train", (), {"steps": steps})
@@ -266,6 +266,16 @@ def test_checkpoints_are_due_at_their_steps_at_the_end_and_on_a_signal(monkeypat
     assert settled == [(step, False) for step in (1, 2, 3, 5, 7, 9, 10)]
     Checkpoints(4).on_end(run)  # type: ignore[arg-type]
     assert settled[-1] == (10, True)
+
+
+def test_a_checkpoint_is_due_after_the_best_evaluation_and_at_an_early_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, saved = StandIn(steps=10), []
+    where = "megalm.training.callbacks.checkpoints"
+    monkeypatch.setattr(f"{where}.save", lambda run, wait: saved.append((run.step, wait)))
+    monkeypatch.setattr(f"{where}.settle", lambda run, wait: None)
+    for run.step, run.best, run.stop in ((3, 3, None), (4, 3, None), (5, 3, DONE)):
+        Checkpoints(0).after_step(run, {})  # type: ignore[arg-type]
+    assert saved == [(3, False), (5, True)]
 
 
 def test_a_callback_needs_none_of_the_hooks() -> None:

@@ -1,9 +1,10 @@
-"""Saves the run every checkpoint.every steps, at its last step, and when a signal ends it."""
+"""Saves the run every checkpoint.every steps, after the best evaluation so far, at its last step, and when a signal or
+too many evaluations without progress end it."""
 
 from typing import Any
 
 from megalm.training.resume import save, settle
-from megalm.training.run import PREEMPTED, Callback, Run
+from megalm.training.run import DONE, PREEMPTED, Callback, Run
 
 
 class Checkpoints(Callback):
@@ -13,10 +14,10 @@ class Checkpoints(Callback):
         self._every = every
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
-        due = run.due(self._every) and not record.get("rolled_back")
-        preempted = run.stop == PREEMPTED
-        if due or preempted:
-            save(run, wait=run.is_last_step or preempted)
+        due = (run.due(self._every) or run.best == run.step) and not record.get("rolled_back")
+        ends = run.stop in (DONE, PREEMPTED)
+        if due or ends:
+            save(run, wait=run.is_last_step or ends)
         else:
             settle(run, wait=False)
 

@@ -16,7 +16,7 @@ from megalm.training.run import Callback, Run
 class Metrics(Callback):
     """Completes the record with rates and memory, and writes it every logging.every steps, on one rank.
 
-    A record that says something rare (a held-out loss, a step not applied) is written whatever the step; that of a
+    A record that says something rare (an evaluation, a step not applied) is written whatever the step; that of a
     step that was rolled back is not, since the step comes again.
     """
 
@@ -50,7 +50,8 @@ class Metrics(Callback):
         if record.get("rolled_back"):
             self._seconds, self._tokens = 0.0, run.tokens
             return
-        rare = "held_out" in record or not record["applied"] or run.stop is not None
+        evaluated = "held_out" in record or "scores" in record
+        rare = evaluated or not record["applied"] or run.stop is not None
         if not run.is_main or not (rare or run.due(self._config.every)):
             return
         rate = (run.tokens - self._tokens) / self._seconds
@@ -63,7 +64,7 @@ class Metrics(Callback):
             sink.write(record)
         self._written = True
         self._seconds, self._tokens = 0.0, run.tokens
-        if "held_out" in record:
+        if evaluated:
             self._draw(run)
 
     def on_end(self, run: Run) -> None:

@@ -1,0 +1,20 @@
+"""Write RUN/report.html and RUN/report.json: curves, model selection, scores per class, and the worst examples."""
+
+import argparse
+from pathlib import Path
+
+from megalm.errors import main_guard
+from megalm.sft.report import write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, which holds metrics.jsonl")
+    parser.add_argument("--worst", type=int, default=20, metavar="N", help="examples per corpus (default: %(default)s)")
+    arguments = parser.parse_args()
+
+    print(write_report(arguments.run, arguments.worst))
+
+
+if __name__ == "__main__":
+    main_guard(main)
