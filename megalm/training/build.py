@@ -19,7 +19,7 @@ from megalm.nn.attention import requirements
 from megalm.nn.init import spec_of
 from megalm.nn.kernels import resolve
 from megalm.nn.layers import Layers
-from megalm.nn.loss import token_loss
+from megalm.nn.loss import head_loss
 from megalm.nn.norm import resolve_norm
 from megalm.optim.adamw import MOMENTS, build_optimizer, resolve_implementation
 from megalm.optim.parameters import parameter_groups
@@ -68,7 +68,7 @@ def build_engine(
     )
 
     def loss(logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return token_loss(layers, logits, *targets, model.z_loss)
+        return head_loss(model.head, layers, logits, *targets, model.z_loss)
 
     accumulation = joined.layout.accumulation(train.global_batch_size, train.micro_batch_size)
     settings = deepspeed_config.derive(
@@ -157,8 +157,8 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     )
     built, specs = build_engine(config, joined, device, anomalies.accept)
     padding = model.padded_vocab_size() - (model.vocab_size or 0)
-    tables = 1 if model.tie_word_embeddings else 2
-    assert built.num_parameters == model.num_parameters() + padding * model.hidden_size * tables, "a weight is missing"
+    padding *= model.hidden_size * model.vocabulary_tables
+    assert built.num_parameters == model.num_parameters() + padding, "a weight is missing"
     names = [spec.name for spec in specs]
     held_out = _held_out(planned, joined)
     facts = _facts(planned, device)
