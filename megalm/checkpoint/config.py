@@ -5,7 +5,7 @@ from pydantic import Field, NonNegativeInt, field_validator
 from megalm.config import Config
 
 CHANGEABLE = {
-    "train.global_batch_size": "the samples go on with the next one",
+    "train.global_batch_size": "the samples go on with the next one, or start anew if rows are sorted",
     "train.sequence_length": "the samples start anew from the first",
     "train.precision": "weights and moments, which are kept in fp32, stay",
     "run.seed": "the samples start anew from the first, in another order",

@@ -76,7 +76,7 @@ def gather(
         if not given.exists():
             raise MegalmError(f"there is no file or folder {given}: correct the path")
         for path in _files(given, tally) if given.is_dir() else [given]:
-            kind = _content_suffix(path)
+            kind = content_suffix(path)
             if given.is_dir() and kind not in wanted:
                 tally.skipped["of another extension"] += 1
             elif given.is_dir() and not _opens(path):
@@ -105,6 +105,12 @@ def _files(folder: Path, tally: Tally) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(files))
 
 
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Lines of a file, plain or compressed. Raises MegalmError if it cannot be opened, is damaged or cut short."""
+    with _open_raw(path) as raw, _decompressed(raw, path) as stream:
+        yield from _lines(stream, path)
+
+
 def _opens(path: Path) -> bool:
     """Whether it is a regular file (a named pipe would block) that may be read."""
     try:
@@ -116,14 +122,13 @@ def _opens(path: Path) -> bool:
     return True
 
 
-def _content_suffix(path: Path) -> str:
+def content_suffix(path: Path) -> str:
     """Extension without the one of compression."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSIONS else path.suffix.lower()
 
 
 def _text_file(path: Path, source: str, tally: Tally, max_characters: int) -> Iterator[Document]:
-    with _open_raw(path) as raw, _decompressed(raw, path) as stream:
-        content = b"".join(_lines(stream, path))
+    content = b"".join(read_lines(path))
     if b"\0" in content[:8192]:
         tally.skipped["binary"] += 1
         return
@@ -165,7 +170,7 @@ class JsonlReader:
         for path in self.paths:
             if not path.is_file():
                 raise MegalmError(f"there is no corpus file {path}: correct the path, or run tools/prepare_corpus.py")
-            if _content_suffix(path) != ".jsonl":
+            if content_suffix(path) != ".jsonl":
                 raise MegalmError(
                     f"{path} is not a corpus (.jsonl, .jsonl.gz or .jsonl.zst): run tools/prepare_corpus.py on it first"
                 )
@@ -280,7 +285,7 @@ def write_corpus(
     Raises MegalmError when nothing is left to write, or the file cannot be written.
     """
     output = Path(output)
-    if _content_suffix(output) != ".jsonl":
+    if content_suffix(output) != ".jsonl":
         raise MegalmError(f"the corpus {output} must be named .jsonl, .jsonl.gz or .jsonl.zst")
     partial = output.with_name(output.name + ".partial")
     seen: set[bytes] = set()

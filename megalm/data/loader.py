@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from megalm.data.batch import Batch
-from megalm.data.mixture import Mixture
-from megalm.data.samples import Samples
+from megalm.data.samples import Order, Samples
 from megalm.errors import MegalmError
 
 Step = tuple[list[Batch], dict[str, Any]]
@@ -28,10 +27,14 @@ _TOLD = {
     "sequence_length": ("train.sequence_length", "train.sequence_length"),
     "shuffle": ("data.shuffle", "data.shuffle"),
     "tokenizer": ("data.tokenizer", "data.tokenizer"),
+    "template": ("the chat template", "task.template"),
+    "sorted_by": ("train.global_batch_size, by which the rows are sorted,", "train.global_batch_size"),
     "corpora": ("the content of data.sources", "data.sources"),
     "weights": ("the weights of data.sources", "data.sources"),
 }
 """What a blend's fields are to a user, and the config's key of each."""
+_FIXED = ("data.tokenizer", "task.template")
+"""Those that no run may change."""
 
 
 class Loader:
@@ -94,7 +97,7 @@ class Loader:
             start = 0 if self.restarted else int(state["samples"])
         self._steps: Iterator[Step] = _steps(
             samples,
-            Mixture(samples.corpora, seed, shuffle),
+            samples.order(seed, shuffle),
             self.blend,
             start,
             rank,
@@ -127,11 +130,11 @@ class Loader:
         """Allowed keys in which the state's blend is another. Raises MegalmError for others."""
         found = []
         for key, (what, name) in _TOLD.items():
-            then, now = state["blend"].get(key), self.blend[key]
+            then, now = state["blend"].get(key), self.blend.get(key)
             if then == now:
                 continue
             if name not in allowed:
-                way = f", or allow it with checkpoint.allow_changes=[{name}]" if name != "data.tokenizer" else ""
+                way = f", or allow it with checkpoint.allow_changes=[{name}]" if name not in _FIXED else ""
                 raise MegalmError(
                     f"cannot continue at sample {state['samples']:,}: {what} is no longer what the run was started "
                     f"with ({then}, now {now}), so the samples would be others; restore it, start a new run{way}"
@@ -142,7 +145,7 @@ class Loader:
 
 def _steps(
     source: Samples,
-    mixture: Mixture,
+    order: Order,
     blend: dict[str, Any],
     samples: int,
     rank: int,
@@ -156,7 +159,7 @@ def _steps(
     offsets = np.arange(steps)[:, None] * global_batch_size + size * np.arange(rows) + rank  # [steps, rows]
     while True:
         numbers = samples + offsets
-        corpora, windows = (values.reshape(offsets.shape).tolist() for values in mixture(numbers.ravel()))
+        corpora, windows = (values.reshape(offsets.shape).tolist() for values in order(numbers.ravel()))
         for step in range(steps):
             chosen = list(zip(corpora[step], windows[step], strict=True))
             batches = [

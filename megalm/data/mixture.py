@@ -82,6 +82,41 @@ class Mixture:
         return Permutation(blended.samples, "epoch", self._seed, epoch, blended.fingerprint)
 
 
+class ByLength:
+    """An order in which the samples of a batch are of like length.
+
+    The mixture's order is cut into blocks of up to BATCHES global batches, but no longer than an epoch; each is sorted
+    by length and its batches permuted by (seed, block). The ranks of a step divide one batch, so they change nothing.
+    """
+
+    BATCHES = 64
+
+    def __init__(self, mixture: Mixture, lengths: Sequence[np.ndarray], batch: int, seed: int) -> None:
+        """lengths: of the samples of each corpus. batch: samples of a step, over all ranks."""
+        samples = sum(corpus.samples for corpus in mixture.corpora)
+        self._mixture, self._lengths, self._seed = mixture, lengths, seed
+        self._shape = max(1, min(self.BATCHES, samples // batch)), batch
+        self._block = lru_cache(4)(self._compute_block)
+
+    def __call__(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Corpus [n] and sample [n] (int64) of global sample numbers [n]."""
+        numbers = np.asarray(numbers, np.int64)
+        which, local = np.empty_like(numbers), np.empty_like(numbers)
+        blocks, slots = np.divmod(numbers, self._shape[0] * self._shape[1])
+        for block in np.unique(blocks):
+            here = blocks == block
+            which[here], local[here] = (values[slots[here]] for values in self._block(int(block)))
+        return which, local
+
+    def _compute_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        batches, size = self._shape
+        which, local = self._mixture(block * batches * size + np.arange(batches * size))
+        lengths = np.array([self._lengths[corpus][sample] for corpus, sample in zip(which, local)])
+        order = np.argsort(lengths, kind="stable").reshape(batches, size)
+        order = order[Permutation(batches, "sorted", self._seed, block)(np.arange(batches))].ravel()
+        return which[order], local[order]
+
+
 def block_counts(weights: Sequence[float], block: int = BLOCK) -> np.ndarray:
     """Samples per block of each corpus, int64 [corpora], summing to `block`.
 

@@ -19,7 +19,8 @@ import numpy as np
 from megalm.data.batch import Batch
 from megalm.data.config import SourceConfig
 from megalm.data.index import OpenShards, ShardReader
-from megalm.data.mixture import Blended
+from megalm.data.mixture import Blended, Mixture
+from megalm.data.samples import Order
 from megalm.errors import MegalmError
 from megalm.tokenizer.base import Tokenizer
 
@@ -55,6 +56,9 @@ class Windows:
             for reader, source in zip(self._readers, sources, strict=True)
         ]
         self.facts = {"sequence_length": sequence_length, "tokenizer": tokenizer.fingerprint}
+
+    def order(self, seed: int, shuffle: bool) -> Order:
+        return Mixture(self.corpora, seed, shuffle)
 
     def batch(self, rows: Sequence[tuple[int, int] | None], sample_ids: np.ndarray) -> Batch:
         """A batch of one window (corpus, number) per row; None is a row of padding, masked throughout."""

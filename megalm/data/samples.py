@@ -1,12 +1,15 @@
 """What a loader takes its rows from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from megalm.data.batch import Batch
 from megalm.data.mixture import Blended
+
+Order = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Global sample numbers [n] -> corpus [n] and number of the sample there [n]; no rank or layout changes it."""
 
 
 class Samples(Protocol):
@@ -21,6 +24,10 @@ class Samples(Protocol):
     @property
     def facts(self) -> Mapping[str, Any]:
         """What, beside the corpora, fixes what a number stands for; plain values, kept in checkpoints."""
+        ...
+
+    def order(self, seed: int, shuffle: bool) -> Order:
+        """Which sample comes n-th."""
         ...
 
     def batch(self, rows: Sequence[tuple[int, int] | None], sample_ids: np.ndarray) -> Batch:

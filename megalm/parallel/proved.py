@@ -99,7 +99,7 @@ def features(config: Any, layout: Layout) -> dict[str, str]:
         "tie_word_embeddings": _switch(model.tie_word_embeddings),
         "z_loss": _switch(model.z_loss),
         "stages": "uneven" if model.num_layers % pieces else "even",
-        "documents": "seen across" if config.data.attend_across_documents else "apart",
+        "documents": "apart" if config.segmented else "seen across",
         "clipping": _switch(config.optimizer.gradient_clipping),
     }
 

@@ -13,6 +13,12 @@ class Refused(Exception):
 class Task(Protocol):
     """A kind of fine-tuning, made for one config and one tokenizer."""
 
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What beside the config and the tokenizer fixes its examples (the content of a template, say); plain values,
+        kept in checkpoints."""
+        ...
+
     def examples(self, row: Mapping[str, Any]) -> list[Example]:
         """What the model learns from a row: one example, or several where a row is cut into windows.
 

@@ -11,6 +11,7 @@ from megalm.checkpoint import folder as checkpoints
 from megalm.checkpoint.saver import Saver
 from megalm.config import dump
 from megalm.data.config import SourceConfig
+from megalm.data.examples import ExampleSet, Rows
 from megalm.data.loader import Loader, held_out_batches
 from megalm.data.packing import Windows
 from megalm.errors import MegalmError
@@ -29,7 +30,7 @@ from megalm.parallel.engine import Engine
 from megalm.parallel.groups import Groups
 from megalm.parallel.pipeline import pipeline_module
 from megalm.parallel.tensor import TensorParallelLayers
-from megalm.tokenizer.base import Tokenizer
+from megalm.sft.open import keep_examples
 from megalm.training import resume
 from megalm.training.callbacks.anomalies import Anomalies
 from megalm.training.callbacks.checkpoints import Checkpoints
@@ -63,7 +64,7 @@ def build_engine(
         model,
         layers,
         seed=config.run.seed,
-        segmented=not config.data.attend_across_documents,
+        segmented=config.segmented,
         recompute=parallel.recompute,
     )
 
@@ -138,8 +139,9 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         return found, manifest.data
 
     found, state = joined.decide(begin)
+    samples = open_samples(planned, joined)
     loader = Loader(
-        windows(config, planned.tokenizer),
+        samples,
         rank=joined.data_rank,
         size=planned.layout.data,
         global_batch_size=config.train.global_batch_size,
@@ -192,6 +194,9 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         resume.restore(run, found)
     elif source:
         resume.begin(run, source)
+    if isinstance(samples, Rows):
+        for examples in samples.sets:
+            run.say(examples.report)
     if loader.restarted:
         run.say(f"the samples start anew from the first: {loader.restarted} changed, which is allowed")
     if run.is_main:
@@ -200,14 +205,49 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     return run
 
 
-def windows(config: RunConfig, tokenizer: Tokenizer, sources: Sequence[SourceConfig] | None = None) -> Windows:
-    """The samples of a pretraining run, or of `sources` instead of those it trains on."""
-    return Windows(
-        config.data.sources if sources is None else sources,
-        tokenizer,
-        config.train.sequence_length,
-        attend_across_documents=config.data.attend_across_documents,
-        verify_checksums=config.data.verify_checksums,
+def open_samples(planned: Plan, joined: Groups, sources: Sequence[SourceConfig] | None = None) -> Windows | Rows:
+    """The samples of a run, or of `sources` instead of those it trains on. All ranks call it.
+
+    Rank 0 turns rows into examples, once, in RUN/examples; the others map the same files.
+    """
+    config, tokenizer = planned.config, planned.tokenizer
+    data, task = config.data, planned.task
+    sources = data.sources if sources is None else sources
+    if task is None:
+        return Windows(
+            sources,
+            tokenizer,
+            config.train.sequence_length,
+            attend_across_documents=data.attend_across_documents,
+            verify_checksums=data.verify_checksums,
+        )
+    assert config.task is not None
+    kept = partial(
+        keep_examples,
+        task,
+        config.task,
+        tokenizer=tokenizer,
+        sequence_length=config.train.sequence_length,
+        folder=Path(config.run.directory) / "examples",
+    )
+    folders = joined.decide(lambda: [kept(path=source.path) for source in sources])
+    return arrange(planned, [ExampleSet.load(folder) for folder in folders], sources)
+
+
+def arrange(planned: Plan, sets: Sequence[ExampleSet], sources: Sequence[SourceConfig]) -> Rows:
+    """The rows of a fine-tuning run, from the examples of each source."""
+    config, task = planned.config, planned.task
+    assert config.task is not None and task is not None
+    return Rows(
+        sets,
+        [source.weight for source in sources],
+        sequence_length=config.train.sequence_length,
+        pad_id=planned.tokenizer.pad_id,
+        arrangement=config.task.arrangement,
+        global_batch_size=config.train.global_batch_size,
+        facts={"tokenizer": planned.tokenizer.fingerprint, **task.facts},
+        fixed_length=config.parallel.pipeline > 1,
+        multiple=config.parallel.tensor if config.parallel.sequence_parallel else 1,
     )
 
 
@@ -218,7 +258,7 @@ def _held_out(planned: Plan, joined: Groups) -> dict[str, list[engine.MicroBatch
         name: [
             tensors(batch)
             for batch in held_out_batches(
-                windows(planned.config, planned.tokenizer, [source]),
+                open_samples(planned, joined, [source]),
                 rank=joined.data_rank,
                 size=planned.layout.data,
                 micro_batch_size=planned.config.train.micro_batch_size,
@@ -271,7 +311,7 @@ def _facts(planned: Plan, device: torch.device) -> dict[str, str]:
         config.model,
         device=device.type,
         dtype=DTYPES[config.train.precision],
-        segmented=not config.data.attend_across_documents,
+        segmented=config.segmented,
         sequence_length=config.train.sequence_length,
     )
     optimizer = config.optimizer

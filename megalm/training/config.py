@@ -89,6 +89,12 @@ class RunConfig(Config):
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Passed to DeepSpeed for what megalm does not name; a key megalm owns is refused."""
 
+    @property
+    def segmented(self) -> bool:
+        """Whether a row holds several documents that do not see one another. Packed examples always are; the padding
+        behind a single one is seen by none of its tokens."""
+        return not self.data.attend_across_documents if self.task is None else self.task.arrangement == "packed"
+
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         train, parallel = self.train, self.parallel

@@ -9,6 +9,8 @@ from megalm.errors import MegalmError
 from megalm.layout import Layout, check_model
 from megalm.parallel.config import ParallelConfig
 from megalm.parallel.proved import proved
+from megalm.sft.open import check_rows, open_task
+from megalm.sft.task import Task
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load as load_tokenizer
 from megalm.training.config import RunConfig
@@ -17,13 +19,14 @@ from megalm.training.config import RunConfig
 @dataclass(frozen=True)
 class Plan:
     """config: with model.vocab_size filled in. accumulation: micro-batches of one rank per step. unproved: what no test
-    has proved and parallel.allow_unproved lets pass, empty if there is nothing."""
+    has proved and parallel.allow_unproved lets pass, empty if there is nothing. task: of fine-tuning."""
 
     config: RunConfig
     layout: Layout
     accumulation: int
     tokenizer: Tokenizer
     unproved: str
+    task: Task | None = None
 
 
 def stages(parallel: ParallelConfig) -> int:
@@ -33,7 +36,7 @@ def stages(parallel: ParallelConfig) -> int:
 
 def plan(config: RunConfig, world_size: int) -> Plan:
     """Raises MegalmError, with numbers and the nearest legal choice, for what cannot run on `world_size` ranks; and
-    for a tokenizer, shards or a run folder that cannot be used. Changes no file.
+    for a tokenizer, shards, rows or a run folder that cannot be used. Changes no file.
     """
     parallel, train, model = config.parallel, config.train, config.model
     layout = Layout.of(world_size, tensor=parallel.tensor, pipeline=parallel.pipeline)
@@ -67,10 +70,16 @@ def plan(config: RunConfig, world_size: int) -> Plan:
     unproved = proved().problem(planned, layout, accumulation)
     if unproved and not parallel.allow_unproved:
         raise MegalmError(f"{unproved}: choose what is (docs/support.md), or set parallel.allow_unproved to true")
-    for source in (*config.data.sources, *config.data.held_out):
-        ShardReader(source.path, tokenizer)  # refuses what the loader would refuse, some seconds later
+    # Refuses what the loader would refuse, some seconds later.
+    task = None
+    if config.task:
+        task = open_task(config.task, config.data, tokenizer, train.sequence_length)
+        check_rows(task, config.data, train.sequence_length)
+    else:
+        for source in (*config.data.sources, *config.data.held_out):
+            ShardReader(source.path, tokenizer)
     _check_directory(Path(config.run.directory))
-    return Plan(planned, layout, accumulation, tokenizer, unproved or "")
+    return Plan(planned, layout, accumulation, tokenizer, unproved or "", task)
 
 
 def _check_directory(directory: Path) -> None:

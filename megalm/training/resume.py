@@ -26,6 +26,7 @@ from megalm.training.run import Run
 BYTES_PER_PARAMETER = 12
 """fp32 master weight and two moments."""
 
+TASK_KEYS = ("kind", "columns", "template", "train_on", "arrangement", "long_examples", "labels", "multi_label")
 _SAME = (
     ("model", "it would be another model"),
     ("run.seed", "the samples would come in another order"),
@@ -33,6 +34,7 @@ _SAME = (
     ("train.sequence_length", "the samples would be cut elsewhere"),
     ("train.precision", "the curve would be another"),
     ("data.attend_across_documents", "the samples would be masked otherwise"),
+    *((f"task.{key}", "the examples would be others") for key in TASK_KEYS),
     ("deepspeed", "DeepSpeed would do otherwise"),
 )
 """Keys a run keeps for life, and what would happen otherwise; the loader sees to those that order the samples."""
