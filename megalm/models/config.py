@@ -1,12 +1,8 @@
 """A whole model: the block's sizes, how many of them, and both ends."""
 
-from typing import Literal
-
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from megalm.nn.config import BlockConfig
-
-Head = Literal["language_model", "sequence_classification", "token_classification", "question_answering"]
+from megalm.nn.config import BlockConfig, Head
 
 
 class ModelConfig(BlockConfig):

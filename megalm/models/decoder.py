@@ -20,7 +20,7 @@ class LayerSpec:
     """One layer of a model, not built yet, so that a pipeline stage builds only its own."""
 
     name: str
-    """`embedding`, `positions`, `blocks.0`, ..., `norm`, `head` or `classifier`: the prefix of its parameters' names."""
+    """`embedding`, `positions`, `blocks.0`, ..., `norm`, `head` or `classifier`: the prefix of parameters' names."""
     build: Callable[[], nn.Module]
     """Makes the layer; initialize() then fills its parameters."""
     tied_to: str | None = None
@@ -177,7 +177,7 @@ class LayerList(nn.Module):
                 head.tie(embedding)
 
     def forward(self, stream: tuple[Tensor, ...]) -> Tensor:
-        """(tokens [batch, seq], segment_ids, positions, sample_ids) -> logits [tokens, padded_vocab / T] or classes'."""
+        """(tokens [batch, seq], segment_ids, positions, sample_ids) -> logits, of the vocabulary's slice or of classes."""
         flowing: tuple[Tensor, ...] | Tensor = stream
         for layer in self.children():
             flowing = layer(flowing)

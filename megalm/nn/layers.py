@@ -60,8 +60,8 @@ class Layers:
         return x
 
     def collect(self, x: Tensor) -> Tensor:
-        """All tokens of what every rank computes on its part of them, whole outputs each: hidden states' cut -> [tokens,
-        ...]. What follows is the same on all ranks."""
+        """All tokens, on every rank, of what each computed whole on its part of them: [tokens / T, width] -> [tokens,
+        width]. What follows must be the same on all ranks."""
         return x
 
     def replicated(self, parameter: Tensor) -> Tensor:

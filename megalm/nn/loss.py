@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalm.nn.config import Head
 from megalm.nn.layers import Layers
 
 
@@ -52,8 +53,10 @@ def span_loss(logits: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
     return (losses * loss_weights[rows, first]).sum()
 
 
-def head_loss(head: str, layers: Layers, logits: Tensor, labels: Tensor, loss_weights: Tensor, z_loss: float) -> Tensor:
-    """The loss of a head (models.config.Head)."""
+def head_loss(
+    head: Head, layers: Layers, logits: Tensor, labels: Tensor, loss_weights: Tensor, z_loss: float
+) -> Tensor:
+    """The loss that belongs to a head."""
     if head == "language_model":
         return token_loss(layers, logits, labels, loss_weights, z_loss)
     return (span_loss if head == "question_answering" else class_loss)(logits, labels, loss_weights)

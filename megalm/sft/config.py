@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from megalm.config import Config
 
@@ -40,3 +40,16 @@ class TaskConfig(Config):
     """Names of the classes, in the order of their numbers. Default: those in the training rows, sorted."""
     multi_label: bool = False
     """text_classification: a row may have any number of labels, as a list."""
+    none_label: str | None = None
+    """relation_extraction: the class that says that there is no relation, which is never counted as found."""
+    markers: list[str] = Field(default=["<e1>", "</e1>", "<e2>", "</e2>"], min_length=4, max_length=4)
+    """relation_extraction: what stands before and behind both entities in a text; control tokens of the tokenizer, or
+    plain text."""
+    stride: PositiveInt | None = None
+    """question_answering: tokens of a long context that a window shares with the one before. Default: a quarter of a
+    window."""
+    longest_answer: PositiveInt = 64
+    """question_answering: tokens of an answer that is found, at most."""
+    unanswerable: bool = False
+    """question_answering: a question without an answer is one that its context does not answer, to be found out.
+    Otherwise it is left out."""

@@ -12,7 +12,7 @@ from megalm.checkpoint.saver import Saver
 from megalm.config import dump
 from megalm.data.config import SourceConfig
 from megalm.data.examples import ExampleSet, Rows
-from megalm.data.loader import Loader, held_out_batches
+from megalm.data.loader import Loader, held_out_batches, held_out_samples
 from megalm.data.packing import Windows
 from megalm.errors import MegalmError
 from megalm.models.decoder import LayerSpec, build_model, decoder
@@ -30,7 +30,9 @@ from megalm.parallel.engine import Engine
 from megalm.parallel.groups import Groups
 from megalm.parallel.pipeline import pipeline_module
 from megalm.parallel.tensor import TensorParallelLayers
+from megalm.sft.heads import HeadTask
 from megalm.sft.open import keep_examples
+from megalm.sft.scoring import Scorer
 from megalm.training import resume
 from megalm.training.callbacks.anomalies import Anomalies
 from megalm.training.callbacks.checkpoints import Checkpoints
@@ -162,7 +164,7 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     padding *= model.hidden_size * model.vocabulary_tables
     assert built.num_parameters == model.num_parameters() + padding, "a weight is missing"
     names = [spec.name for spec in specs]
-    held_out = _held_out(planned, joined)
+    held_out, scorers = _held_out(planned, joined)
     facts = _facts(planned, device)
     _require_same_kernels(joined, facts)
     run = Run(
@@ -184,7 +186,7 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         callbacks=[
             anomalies,
             Signals(),
-            Evaluation(config.evaluate.every, _held_out_bytes(planned, joined, held_out)),
+            Evaluation(config.evaluate.every, _held_out_bytes(planned, joined, held_out), scorers),
             Metrics(logging, device),
             Checkpoints(config.checkpoint.every),
             GarbageCollection(logging.garbage_collection_every),
@@ -214,6 +216,8 @@ def open_samples(planned: Plan, joined: Groups, sources: Sequence[SourceConfig] 
     data, task = config.data, planned.task
     sources = data.sources if sources is None else sources
     if task is None:
+        if config.model.head != "language_model":
+            raise MegalmError(f"model.head {config.model.head} needs labels, and shards have none: name a task")
         return Windows(
             sources,
             tokenizer,
@@ -251,27 +255,31 @@ def arrange(planned: Plan, sets: Sequence[ExampleSet], sources: Sequence[SourceC
     )
 
 
-def _held_out(planned: Plan, joined: Groups) -> dict[str, list[engine.MicroBatch]]:
-    """This rank's micro-batches of every held-out corpus, by the shortest end of its path that tells it apart."""
-    data = planned.config.data
-    return {
-        name: [
-            tensors(batch)
-            for batch in held_out_batches(
-                open_samples(planned, joined, [source]),
-                rank=joined.data_rank,
-                size=planned.layout.data,
-                micro_batch_size=planned.config.train.micro_batch_size,
-                sequences=planned.config.evaluate.sequences,
-            )
-        ]
-        for name, source in zip(_short_names([source.path for source in data.held_out]), data.held_out, strict=True)
-    }
+def _held_out(planned: Plan, joined: Groups) -> tuple[dict[str, list[engine.MicroBatch]], dict[str, Scorer]]:
+    """This rank's micro-batches of every held-out corpus, by the shortest end of its path that tells it apart; and what
+    scores them, where the task has a head of its own."""
+    data, sequences = planned.config.data, planned.config.evaluate.sequences
+    batches, scorers = {}, {}
+    for name, source in zip(_short_names([source.path for source in data.held_out]), data.held_out, strict=True):
+        samples = open_samples(planned, joined, [source])
+        found = held_out_batches(
+            samples,
+            rank=joined.data_rank,
+            size=planned.layout.data,
+            micro_batch_size=planned.config.train.micro_batch_size,
+            sequences=sequences,
+        )
+        batches[name] = [tensors(batch) for batch in found]
+        if isinstance(planned.task, HeadTask):
+            assert isinstance(samples, Rows)
+            scorers[name] = Scorer(planned.task, samples, held_out_samples(samples, sequences))
+    return batches, scorers
 
 
 def _held_out_bytes(planned: Plan, joined: Groups, held_out: dict[str, list[engine.MicroBatch]]) -> dict[str, int]:
-    """Bytes of the text that every corpus's evaluated tokens stand for, on all ranks. All ranks call it."""
-    if not held_out:
+    """Bytes of the text that every corpus's evaluated tokens stand for, on all ranks; nothing where labels are classes.
+    All ranks call it."""
+    if not held_out or planned.config.model.head != "language_model":
         return {}
     counts = torch.tensor(planned.tokenizer.byte_counts())
     mine = {

@@ -11,8 +11,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from megalm.models.config import Head, ModelConfig
+from megalm.models.config import ModelConfig
 from megalm.models.decoder import LayerList
+from megalm.nn.config import Head
 from megalm.nn.layers import Layers
 from megalm.nn.loss import class_loss, head_loss, span_loss
 from tests.models.test_decoder_parity import BATCH, GPT2, HF_SIZES, SEQ, SIZES, TOLERANCE, VOCAB, build

@@ -1,0 +1,82 @@
+"""Token classification: a tag for each word, of entities for the most part (IOB2: B-PER, I-PER, O).
+
+Words are encoded one by one, with a space before all but those that Chinese or Japanese has none before. The first token
+of a word is where its tag is read.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megalm.data.config import DataConfig
+from megalm.data.examples import Example
+from megalm.sft import metrics
+from megalm.sft.config import TaskConfig
+from megalm.sft.heads import Answer, HeadTask
+from megalm.sft.task import Refused
+from megalm.tokenizer.base import Tokenizer
+
+OUTSIDE = "O"
+_UNSPACED = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
+"""Characters that no space stands beside: Chinese and Japanese, and their punctuation."""
+
+
+class TokenClassification(HeadTask):
+    """Rows of tokens (words) and tags, lists of one length; tags are names, or numbers of task.labels."""
+
+    head = "token_classification"
+    columns = {"tokens": "tokens", "tags": "tags"}
+
+    def names(self, row: Mapping[str, Any]) -> Iterable[Any]:
+        return self.value(row, "tags")
+
+    def words(self, row: Mapping[str, Any]) -> list[str]:
+        words, tags = self.value(row, "tokens"), self.value(row, "tags")
+        if not (isinstance(words, list) and isinstance(tags, list) and words):
+            raise Refused("tokens and tags are no lists" if words else "no tokens")
+        if len(words) != len(tags):
+            raise Refused("as many tags as tokens are needed")
+        if not all(isinstance(word, str) and word for word in words):
+            raise Refused("an empty token")
+        return words
+
+    def place(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Ids of words, and the position of each word's first."""
+        spaced = [
+            word if number == 0 or _UNSPACED.match(word) or _UNSPACED.match(words[number - 1][-1]) else f" {word}"
+            for number, word in enumerate(words)
+        ]
+        ids, first = self.begin(), []
+        for word in self.tokenizer.encode_batch(spaced):
+            if not word:
+                raise Refused("a token that the tokenizer has no ids for")
+            first.append(len(ids))
+            ids += word
+        return ids, first
+
+    def examples(self, row: Mapping[str, Any]) -> list[Example]:
+        ids, first = self.place(self.words(row))
+        labels, weights = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.uint8)
+        labels[first] = [self.label(tag) for tag in self.names(row)]
+        weights[first] = 1
+        return [Example(np.array(ids), labels, weights)]
+
+    def answer(self, row: Mapping[str, Any], logits: Sequence[np.ndarray]) -> Answer:
+        words, [scores] = self.words(row), logits
+        _, first = self.place(words)
+        # Words that were cut off were not read: they are nothing.
+        said = [self.labels[int(scores[place].argmax())] if place < len(scores) else OUTSIDE for place in first]
+        return Answer(" ".join(words), [self.labels[self.label(tag)] for tag in self.names(row)], said)
+
+    def score(self, answers: Sequence[Answer]) -> dict[str, float]:
+        return metrics.entities([a.reference for a in answers], [a.prediction for a in answers])
+
+
+def open_tagging(
+    config: TaskConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int
+) -> TokenClassification:
+    task = TokenClassification(config, tokenizer, sequence_length)
+    task.find_labels(data)
+    return task
