@@ -1,7 +1,7 @@
 """What a model is trained for: sums over positions of weight x loss.
 
-Weights [batch, seq] are mask and normalisation together, fp32, for there is no averaging here; labels are whatever where
-the weight is 0. A loss is the same on every tensor-parallel rank.
+Weights [batch, seq] are mask and normalisation together, fp32, for there is no averaging here; where one is 0, a label
+may be anything that is one. A loss is the same on every tensor-parallel rank.
 """
 
 import torch
@@ -39,8 +39,8 @@ def class_loss(logits: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
 def span_loss(logits: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
     """Where in an example a span begins and ends: cross entropy over the example's positions, mean of both.
 
-    logits [tokens, 2] of beginning and end; labels [batch, seq, 3] int64. An example has its weight at its first position,
-    whose labels are the places of the span's first and last position in the example, and the example's length.
+    logits [tokens, 2] of beginning and end; labels [batch, seq, 3] int64. An example has its weight at its first
+    position, whose labels are the places of the span's first and last position in the example, and its length.
     """
     batch, seq = loss_weights.shape
     rows, first = loss_weights.nonzero(as_tuple=True)
@@ -54,7 +54,7 @@ def span_loss(logits: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
 
 
 def head_loss(
-    head: Head, layers: Layers, logits: Tensor, labels: Tensor, loss_weights: Tensor, z_loss: float
+    head: Head, layers: Layers, logits: Tensor, labels: Tensor, loss_weights: Tensor, z_loss: float = 0.0
 ) -> Tensor:
     """The loss that belongs to a head."""
     if head == "language_model":

@@ -140,9 +140,10 @@ class Engine(ABC):
         return self._forward(weighted), tokens
 
     def predict(self, micro_batches: Sequence[MicroBatch]) -> dict[int, np.ndarray]:
-        """Logits [seq, width] fp32 of every row of `micro_batches` on all ranks, by sample id, in their order; on rank 0,
-        nothing on the others. Rows of padding (sample id -1) are left out. For heads of few classes: all of it goes
-        through host memory. Every rank calls it.
+        """Logits [seq, width] fp32 of every row of `micro_batches` on all ranks, by sample id, in order; on rank 0,
+        nothing on the others. Every rank calls it.
+
+        Rows of padding (sample id -1) are left out. For heads of few classes, since all of it goes through host memory.
         """
         self._loss.kept = {}
         batches = []

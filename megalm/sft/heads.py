@@ -93,13 +93,13 @@ class HeadTask(ABC):
         """A text that is not empty."""
         found = self.value(row, what)
         if not isinstance(found, str) or not found.strip():
-            raise Refused(f"an empty {what}" if found in ("", None) or isinstance(found, str) else f"{what} is no text")
+            raise Refused(f"an empty {what}" if isinstance(found, str) else f"a {what} that is no text")
         return found
 
     def begin(self) -> list[int]:
         """Ids that begin a document, as in pretraining."""
         bos = self.tokenizer.bos_id
-        return [] if bos in (None, self.tokenizer.eos_id) else [bos]  # type: ignore[list-item]
+        return [] if bos in (None, self.tokenizer.eos_id) else [bos]
 
     def label(self, value: Any) -> int:
         """Number of the class that a row names, or gives the number of. Raises MegalmError if there is none."""
@@ -128,12 +128,14 @@ class HeadTask(ABC):
                 f"the rows of data.sources name {len(found)} classes ({', '.join(sorted(found)) or 'none'}), and a "
                 "classifier needs two: correct task.columns, or name them in task.labels"
             )
-        self.labels = self.config.labels or sorted(
-            found, key=lambda name: (int(name) if name.isdecimal() else -1, name)
-        )
+        self.labels = self.config.labels or sorted(found, key=_numbers_by_value)
 
     def _named(self, row: Mapping[str, Any] | Refused) -> set[str]:
         try:
             return set() if isinstance(row, Refused) else set(map(str, self.names(row)))
         except Refused:
             return set()  # it is counted when it is read for its example
+
+
+def _numbers_by_value(name: str) -> tuple[int, str]:
+    return int(name) if name.isdecimal() else -1, name

@@ -1,7 +1,7 @@
 """Token classification: a tag for each word, of entities for the most part (IOB2: B-PER, I-PER, O).
 
-Words are encoded one by one, with a space before all but those that Chinese or Japanese has none before. The first token
-of a word is where its tag is read.
+Words are encoded one by one, with a space before each where its script has one. The first token of a word is where its
+tag is read.
 """
 
 import re

@@ -21,8 +21,9 @@ from megalm.training.config import RunConfig
 
 @dataclass(frozen=True)
 class Plan:
-    """config: with model.vocab_size, head and num_labels filled in. accumulation: micro-batches of one rank per step. unproved: what no test
-    has proved and parallel.allow_unproved lets pass, empty if there is nothing. task: of fine-tuning."""
+    """config: with the model's vocab_size, head and num_labels filled in. accumulation: micro-batches of one rank per
+    step. unproved: what no test has proved and parallel.allow_unproved lets pass, empty if there is nothing. task: of
+    fine-tuning."""
 
     config: RunConfig
     layout: Layout
