@@ -134,7 +134,7 @@ class TensorParallelLayers(Layers):
     def collect(self, x: Tensor) -> Tensor:
         if not self.sequence_parallel:
             return x
-        # Every rank computes the same from here on, so each has the whole gradient of all tokens: it is cut, not summed.
+        # All ranks compute the same from here on, so each has the whole gradient of all tokens: it is cut, not summed.
         return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.group)
 
     def replicated(self, parameter: Tensor) -> Tensor:
