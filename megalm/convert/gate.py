@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalm.convert.architectures import HEAD_CLASSES
 from megalm.errors import MegalmError
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import Embedding, Head, decoder
+from megalm.nn.config import HeadKind
 from megalm.nn.layers import Layers
 from megalm.tokenizer.base import Tokenizer
 
@@ -55,7 +57,9 @@ def judge(config: ModelConfig, weight: Callable[[str], Tensor], tokenizer: Token
     tokens = _tokens(config, tokenizer)
     ours = logits(config, weight, tokens)
     with _quiet(transformers):
-        theirs = _their_logits(transformers, folder, tokens)
+        theirs = _their_logits(transformers, folder, tokens, config.head)
+        if config.head == "sequence_classification":
+            ours = ours[:, -1]
         notes = _compare_tokenizers(transformers, tokenizer, folder)
     for name, computed in (("megalm", ours), ("transformers", theirs)):
         if not computed.isfinite().all():
@@ -95,7 +99,8 @@ def _tokens(config: ModelConfig, tokenizer: Tokenizer) -> Tensor:
 
 @torch.no_grad()
 def logits(config: ModelConfig, weight: Callable[[str], Tensor], tokens: Tensor) -> Tensor:
-    """tokens [batch, seq] -> [batch, seq, vocab] of a model in fp32, of which one layer at a time is in memory."""
+    """tokens [batch, seq] -> [batch, seq, vocab or classes] of a model in fp32, one layer of which is in memory at a
+    time."""
     positions = torch.arange(tokens.shape[1]).repeat(tokens.shape[0], 1)
     stream: Any = (tokens, torch.zeros_like(positions), positions, torch.arange(tokens.shape[0]))
     embedding: Embedding | None = None
@@ -111,12 +116,15 @@ def logits(config: ModelConfig, weight: Callable[[str], Tensor], tokens: Tensor)
         elif isinstance(layer, Embedding) and config.tie_word_embeddings:
             embedding = layer
         stream = layer(stream)
-    return stream.view(*tokens.shape, -1)[..., : config.vocab_size]
+    computed = stream.view(*tokens.shape, -1)
+    return computed[..., : config.vocab_size] if config.head == "language_model" else computed
 
 
-def _their_logits(transformers: Any, folder: Path, tokens: Tensor) -> Tensor:
+def _their_logits(transformers: Any, folder: Path, tokens: Tensor, head: HeadKind) -> Tensor:
+    """[batch, seq, vocab or classes]; [batch, classes] where a class is that of the row."""
+    kind = getattr(transformers, f"AutoModel{HEAD_CLASSES.get(head, 'ForCausalLM')}")
     try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        model, found = kind.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
     except Exception as error:  # whatever transformers raises, it does not load
@@ -131,6 +139,12 @@ def _their_logits(transformers: Any, folder: Path, tokens: Tensor) -> Tensor:
                 f"the first {names[0]}: the mapping of this architecture is wrong for this model, please report it"
             )
     with torch.no_grad():
+        if head == "question_answering":  # its classes of some architectures take no use_cache
+            said = model.eval()(input_ids=tokens)
+            return torch.stack((said.start_logits, said.end_logits), dim=-1).float()
+        if head == "sequence_classification":  # of a row's last token, whatever its id
+            model.config.pad_token_id = None
+            return torch.cat([model.eval()(input_ids=row, use_cache=False).logits.float() for row in tokens[:, None]])
         return model.eval()(input_ids=tokens, use_cache=False).logits.float()
 
 

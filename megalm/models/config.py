@@ -2,7 +2,7 @@
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from megalm.nn.config import BlockConfig, Head
+from megalm.nn.config import BlockConfig, HeadKind
 
 
 class ModelConfig(BlockConfig):
@@ -18,7 +18,7 @@ class ModelConfig(BlockConfig):
     """Transformer blocks."""
     tie_word_embeddings: bool = False
     """The output head of a language model shares the embedding's weight."""
-    head: Head = "language_model"
+    head: HeadKind = "language_model"
     """What stands on the last block: logits of the next token, or of classes at the positions that a task reads.
     Default: what the task needs."""
     num_labels: PositiveInt | None = None

@@ -177,7 +177,7 @@ class LayerList(nn.Module):
                 head.tie(embedding)
 
     def forward(self, stream: tuple[Tensor, ...]) -> Tensor:
-        """(tokens [batch, seq], segment_ids, positions, sample_ids) -> logits of the vocabulary's slice or of classes."""
+        """(tokens [batch, seq], segment_ids, positions, sample_ids) -> logits of classes or the vocabulary's slice."""
         flowing: tuple[Tensor, ...] | Tensor = stream
         for layer in self.children():
             flowing = layer(flowing)

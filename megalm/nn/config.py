@@ -8,7 +8,7 @@ from megalm.config import Config
 
 AttentionBackend = Literal["auto", "plain", "blocks", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash2", "flash3", "flash4"]
 
-Head = Literal["language_model", "sequence_classification", "token_classification", "question_answering"]
+HeadKind = Literal["language_model", "sequence_classification", "token_classification", "question_answering"]
 
 
 class RopeScaling(Config):

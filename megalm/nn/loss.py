@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalm.nn.config import Head
+from megalm.nn.config import HeadKind
 from megalm.nn.layers import Layers
 
 
@@ -54,7 +54,7 @@ def span_loss(logits: Tensor, labels: Tensor, loss_weights: Tensor) -> Tensor:
 
 
 def head_loss(
-    head: Head, layers: Layers, logits: Tensor, labels: Tensor, loss_weights: Tensor, z_loss: float = 0.0
+    head: HeadKind, layers: Layers, logits: Tensor, labels: Tensor, loss_weights: Tensor, z_loss: float = 0.0
 ) -> Tensor:
     """The loss that belongs to a head."""
     if head == "language_model":

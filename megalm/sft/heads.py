@@ -10,7 +10,7 @@ import numpy as np
 from megalm.data.config import DataConfig
 from megalm.data.examples import Example
 from megalm.errors import MegalmError
-from megalm.nn.config import Head
+from megalm.nn.config import HeadKind
 from megalm.sft.config import TaskConfig
 from megalm.sft.read import read_rows, row_files
 from megalm.sft.task import Refused
@@ -40,7 +40,7 @@ class Shortened(Example):
 class HeadTask(ABC):
     """A kind of fine-tuning (sft.task.Task) that puts a head of classes in the place of the language model's."""
 
-    head: ClassVar[Head]
+    head: ClassVar[HeadKind]
     columns: ClassVar[Mapping[str, str]]
     """What a row holds -> the usual name of its column."""
 
@@ -58,7 +58,7 @@ class HeadTask(ABC):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return {"labels": self.labels}
+        return {"labels": self.labels, "problem_type": self.problem_type}
 
     @property
     def problem_type(self) -> str | None:

@@ -1,7 +1,7 @@
 """Token classification: a tag for each word, of entities for the most part (IOB2: B-PER, I-PER, O).
 
-Words are encoded one by one, with a space before each where its script has one. The first token of a word is where its
-tag is read.
+Words are encoded one by one, with a space before each where its script has one. A tag is read at a word's last token,
+or at its first (task.tag_at).
 """
 
 import re
@@ -43,31 +43,31 @@ class TokenClassification(HeadTask):
         return words
 
     def place(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Ids of words, and the position of each word's first."""
+        """Ids of words, and the position where each word's tag is read."""
         spaced = [
             word if number == 0 or _UNSPACED.match(word) or _UNSPACED.match(words[number - 1][-1]) else f" {word}"
             for number, word in enumerate(words)
         ]
-        ids, first = self.begin(), []
+        ids, places = self.begin(), []
         for word in self.tokenizer.encode_batch(spaced):
             if not word:
                 raise Refused("a token that the tokenizer has no ids for")
-            first.append(len(ids))
+            places.append(len(ids) + (len(word) - 1 if self.config.tag_at == "last" else 0))
             ids += word
-        return ids, first
+        return ids, places
 
     def examples(self, row: Mapping[str, Any]) -> list[Example]:
-        ids, first = self.place(self.words(row))
+        ids, places = self.place(self.words(row))
         labels, weights = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.uint8)
-        labels[first] = [self.label(tag) for tag in self.names(row)]
-        weights[first] = 1
+        labels[places] = [self.label(tag) for tag in self.names(row)]
+        weights[places] = 1
         return [Example(np.array(ids), labels, weights)]
 
     def answer(self, row: Mapping[str, Any], logits: Sequence[np.ndarray]) -> Answer:
         words, [scores] = self.words(row), logits
-        _, first = self.place(words)
+        _, places = self.place(words)
         # Words that were cut off were not read: they are nothing.
-        said = [self.labels[int(scores[place].argmax())] if place < len(scores) else OUTSIDE for place in first]
+        said = [self.labels[int(scores[place].argmax())] if place < len(scores) else OUTSIDE for place in places]
         return Answer(" ".join(words), [self.labels[self.label(tag)] for tag in self.names(row)], said)
 
     def score(self, answers: Sequence[Answer]) -> dict[str, float]:

@@ -183,6 +183,8 @@ def begin(run: Run, source: Source) -> None:
         checkpoints.verify(source.path, run.groups)
     with source:
         for piece in _pieces(run, source.path, len(source.shapes)):
+            if piece.name.startswith("classifier.") and piece.name not in source.shapes:
+                continue  # of a language model: the head starts from its random weights
             weight = source.stretch(
                 piece.name,
                 piece.shape,

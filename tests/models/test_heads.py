@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import LayerList
-from megalm.nn.config import Head
+from megalm.nn.config import HeadKind
 from megalm.nn.layers import Layers
 from megalm.nn.loss import class_loss, head_loss, span_loss
 from tests.models.test_decoder_parity import BATCH, GPT2, HF_SIZES, SEQ, SIZES, TOLERANCE, VOCAB, build
@@ -78,7 +78,7 @@ def targets(head: str, problem: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]
     return classes[:, None].repeat(1, SEQ), weights, {"labels": classes}
 
 
-def settings(family: str, head: Head, problem: str) -> tuple[ModelConfig, Any]:
+def settings(family: str, head: HeadKind, problem: str) -> tuple[ModelConfig, Any]:
     """A model of ours, and Hugging Face's of the same sizes."""
     labels = 2 if head == "question_answering" else LABELS
     ours: dict[str, Any] = SIZES | {"head": head, "num_labels": labels}
@@ -103,7 +103,7 @@ def their_names(tensors: dict[str, Tensor], family: str, head: str) -> dict[str,
 
 
 def largest_difference(
-    family: str, head: Head, problem: str, plant: Callable[[LayerList], None] = lambda model: None
+    family: str, head: HeadKind, problem: str, plant: Callable[[LayerList], None] = lambda model: None
 ) -> float:
     """Of logits, loss and every gradient; gradients relative to the largest entry of their tensor."""
     config, theirs = settings(family, head, problem)
@@ -141,7 +141,7 @@ def largest_difference(
 
 
 @pytest.mark.parametrize(("family", "head", "problem"), CASES)
-def test_heads_equal_hugging_face(family: str, head: Head, problem: str) -> None:
+def test_heads_equal_hugging_face(family: str, head: HeadKind, problem: str) -> None:
     assert largest_difference(family, head, problem) < TOLERANCE
 
     def swap(model: LayerList) -> None:

@@ -7,18 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megalm.config import load as load_config
-from megalm.data.config import DataConfig, SourceConfig
-from megalm.errors import MegalmError
-from megalm.sft.config import TaskConfig
-from megalm.sft.heads import HeadTask
-from megalm.sft.open import open_task
-from megalm.sft.read import read_examples
-from megalm.sft.span import best_span
-from megalm.sft.task import Refused
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load
 from megalm.tokenizer.train import train as train_tokenizer
