@@ -31,7 +31,7 @@ def main() -> None:
     given = parser.parse_args()
     config, ours = read_run(given.run)
     train, held_out = (rows_of(config, part) for part in ("sources", "held_out"))
-    labels = config["task"]["labels"]
+    labels = config["task"]["labels"] or sorted({label for _, label in train})
     truth = np.array([labels.index(label) for _, label in held_out])
     print(f"{len(train):,} rows to train on, {len(held_out):,} held out, {len(labels)} classes")
     found: dict[str, float | None] = {"always the largest class": most_common(train, labels, truth)}

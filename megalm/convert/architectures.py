@@ -6,7 +6,7 @@ architecture only if the model's keys come back from config.json as they were, a
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from megalm.convert.mapping import (
     Fixed,
     Fused,
     FusedByHead,
+    HeadOf,
     Key,
     LayerWindow,
     Rope,
@@ -30,6 +31,7 @@ from megalm.convert.mapping import (
 from megalm.errors import MegalmError
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import build_model, decoder
+from megalm.nn.config import HeadKind
 from megalm.nn.layers import Layers
 
 
@@ -37,14 +39,39 @@ from megalm.nn.layers import Layers
 class Architecture:
     """model_type, model_class: as config.json names it. keys: of the config. tensors: the modules that hold them.
 
-    ignored: tensors of published files that are no weights (masks and frequencies that are computed).
+    family: what the names of its classes for other heads begin with. ignored: tensors of published files that are no
+    weights (masks and frequencies that are computed). token_head: module of token classification's head.
+    question_body: module of the body below question answering's head, where it is another than with other heads.
     """
 
     model_type: str
     model_class: str
+    family: str
     keys: Sequence[ConfigMapping]
     tensors: Sequence[TensorMapping]
     ignored: str = r"rotary_emb\.inv_freq$"
+    token_head: str = "score"
+    question_body: str | None = None
+
+    def of_head(self, head: HeadKind) -> "Architecture":
+        """The architecture with another head, from that with the language model's."""
+        if head == "language_model":
+            return self
+        module = {
+            "sequence_classification": "score",
+            "token_classification": self.token_head,
+            "question_answering": "qa_outputs",
+        }[head]
+        body = [mapping for mapping in self.tensors if mapping.modules != ("head",)]
+        if head == "question_answering" and self.question_body:
+            rename = re.compile(r"^[^.]*")
+            body = [replace(each, theirs=rename.sub(self.question_body, each.theirs)) for each in body]
+        return replace(
+            self,
+            model_class=f"{self.family}{HEAD_CLASSES[head]}",
+            keys=(*(key for key in self.keys if key != HeadOf("language_model")), HeadOf(head)),
+            tensors=(*body, Same("classifier", module)),
+        )
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """config.json's keys of the model."""
@@ -69,7 +96,15 @@ class Architecture:
         return sorted(key for key in before | after if before.get(key) != after.get(key))
 
 
+HEAD_CLASSES: dict[HeadKind, str] = {
+    "sequence_classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "question_answering": "ForQuestionAnswering",
+}
+"""What the names of transformers' classes end with."""
+
 SIZES = (
+    HeadOf("language_model"),
     Key("vocab_size", "vocab_size"),
     Key("hidden_size", "hidden_size"),
     Key("num_layers", "num_hidden_layers"),
@@ -104,6 +139,7 @@ QUERY_KEY_VALUE = ("blocks.*.attention.query", "blocks.*.attention.key", "blocks
 LLAMA = Architecture(
     "llama",
     "LlamaForCausalLM",
+    "Llama",
     (
         *SIZES,
         *GROUPED,
@@ -113,10 +149,12 @@ LLAMA = Architecture(
         Key("mlp_bias", "mlp_bias", False),
     ),
     BLOCK,
+    question_body="transformer",
 )
 MISTRAL = Architecture(
     "mistral",
     "MistralForCausalLM",
+    "Mistral",
     (
         *SIZES,
         *GROUPED,
@@ -129,12 +167,15 @@ MISTRAL = Architecture(
 QWEN2 = Architecture(
     "qwen2",
     "Qwen2ForCausalLM",
+    "Qwen2",
     (*SIZES, *GROUPED, Key("head_dim", "head_dim", None), LayerWindow(), Fixed({"attention_bias": True})),
     BLOCK,
+    question_body="transformer",
 )
 QWEN3 = Architecture(
     "qwen3",
     "Qwen3ForCausalLM",
+    "Qwen3",
     (
         *SIZES,
         *GROUPED,
@@ -149,11 +190,14 @@ QWEN3 = Architecture(
         Same("blocks.*.attention.query_norm", "model.layers.*.self_attn.q_norm"),
         Same("blocks.*.attention.key_norm", "model.layers.*.self_attn.k_norm"),
     ),
+    question_body="transformer",
 )
 GPT2 = Architecture(
     "gpt2",
     "GPT2LMHeadModel",
+    "GPT2",
     (
+        HeadOf("language_model"),
         Key("vocab_size", "vocab_size"),
         Key("hidden_size", "n_embd"),
         Key("num_layers", "n_layer"),
@@ -188,10 +232,12 @@ GPT2 = Architecture(
         Vocabulary("head", "lm_head"),
     ),
     ignored=r"\.attn\.(masked_)?bias$",
+    token_head="classifier",
 )
 GPT_NEOX = Architecture(
     "gpt_neox",
     "GPTNeoXForCausalLM",
+    "GPTNeoX",
     (
         *SIZES,
         Key("norm_eps", "layer_norm_eps", 1e-5),
@@ -219,6 +265,7 @@ GPT_NEOX = Architecture(
         Vocabulary("head", "embed_out"),
     ),
     ignored=r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$",
+    token_head="classifier",
 )
 ARCHITECTURES = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX)
 
@@ -240,6 +287,9 @@ def maths(values: Mapping[str, Any]) -> dict[str, Any]:
     """The model keys that say what a model computes, sizes that follow from others filled in."""
     ours = {key: value for key, value in values.items() if key not in _TRAINING}
     sizes = ModelConfig.model_construct(**{key: value for key, value in ours.items() if key != "rope_scaling"})
+    ours["tie_word_embeddings"] = sizes.is_tied
+    if sizes.head == "language_model":
+        ours["num_labels"] = None
     ours["num_key_value_heads"] = sizes.key_value_heads
     ours["head_dim"] = sizes.head_width
     ours["intermediate_size"] = sizes.feed_forward_width
@@ -252,8 +302,9 @@ def maths(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def of_model(config: ModelConfig) -> Architecture:
     """The architecture that computes what a model of this config does. Raises MegalmError if there is none."""
-    found = {architecture.model_type: architecture.differences(config) for architecture in ARCHITECTURES}
-    for architecture in ARCHITECTURES:
+    known = [architecture.of_head(config.head) for architecture in ARCHITECTURES]
+    found = {architecture.model_type: architecture.differences(config) for architecture in known}
+    for architecture in known:
         if not found[architecture.model_type]:
             return architecture
     nearest = min(found, key=lambda name: len(found[name]))
@@ -275,6 +326,9 @@ def of_json(theirs: Mapping[str, Any], where: str) -> tuple[Architecture, ModelC
             f"{where} describes a model of type {kind}, and megalm reads {known}: describe it as docs/conversion.md "
             "shows"
         )
+    for head, ending in HEAD_CLASSES.items():
+        if any(name.endswith(ending) for name in theirs.get("architectures") or []):
+            architecture = architecture.of_head(head)
     if theirs.get("quantization_config"):
         raise MegalmError(f"{where} describes quantised weights: take the folder with the original ones")
     try:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -34,6 +34,7 @@ from megalm.convert.folder import (
     write_shard,
 )
 from megalm.convert.gate import Verdict
+from megalm.convert.mapping import label_keys
 from megalm.convert.sources import CheckpointSource, FolderSource
 from megalm.errors import MegalmError
 from megalm.models.config import ModelConfig
@@ -104,7 +105,8 @@ def to_hf(
         plan = {"checkpoint": manifest.files, "dtype": dtype, "max_shard_size": limit, "megalm": version("megalm")}
         with _unfinished(output, plan) as partial:
             _write_shards(partial, files, entries, config, weight, workers, report)
-            _write_config(partial, architecture, config, loaded, rounded["embedding.table.weight"])
+            blend = manifest.data.get("blend", {})
+            _write_config(partial, architecture, config, loaded, rounded["embedding.table.weight"], blend)
             notes = tokenizer_files.export(path, loaded, partial, config.max_position_embeddings)
             verdict = None
             if verify:
@@ -277,14 +279,26 @@ def _write_shards(
 
 
 def _write_config(
-    folder: Path, architecture: Architecture, config: ModelConfig, tokenizer: Tokenizer, dtype: str
+    folder: Path,
+    architecture: Architecture,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    dtype: str,
+    task: Mapping[str, Any],
 ) -> None:
+    """task: what a task with a head of its own kept in the checkpoint (sft.heads.HeadTask.facts)."""
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
-    if tokenizer.pad_id != tokenizer.eos_id:
+    # A class is read at the last token that is no padding, so transformers must know padding; no row ends with an end.
+    if tokenizer.pad_id != tokenizer.eos_id or config.head == "sequence_classification":
         ends["pad_token_id"] = tokenizer.pad_id
     written = architecture.write(config) | ends | {"torch_dtype": dtype}
+    if config.head == "language_model":
+        write_json(folder / "generation_config.json", {key: i for key, i in ends.items() if i is not None})
+    elif task.get("labels"):
+        written |= label_keys(task["labels"])
+    if config.head == "sequence_classification":
+        written["problem_type"] = task.get("problem_type") or "single_label_classification"
     write_json(folder / CONFIG_FILE, written)
-    write_json(folder / "generation_config.json", {key: i for key, i in ends.items() if i is not None})
 
 
 # ---- into a checkpoint ----
@@ -323,7 +337,7 @@ def _write_checkpoint(
             "data": {"tokenizer": str(output.resolve() / "tokenizer")},
         },
         layout={"pipeline": 1, "data": 1, "tensor": 1},
-        data={"blend": {"tokenizer": tokenizer.fingerprint}},
+        data={"blend": {"tokenizer": tokenizer.fingerprint, **_labels(source)}},
         trainer={},
         optimizer={"updates": 0, "loss_scale": {}},
         parameters={},
@@ -362,6 +376,15 @@ def _write_checkpoint(
     ordered = {name: parameters[name] for name in source.shapes}
     manifests.write(folder, replace(manifest, files=files, parameters=ordered))
     return descriptions
+
+
+def _labels(source: FolderSource) -> dict[str, Any]:
+    """What a task with a head of its own keeps in a checkpoint, from config.json."""
+    if source.config.head == "language_model":
+        return {}
+    names = source.described.get("id2label") or {}
+    labels = [names[number] for number in sorted(names, key=int)]
+    return {"labels": labels, "problem_type": source.described.get("problem_type")}
 
 
 def _stretches(source: FolderSource, group: list[Entry]) -> Iterator[_Whole]:

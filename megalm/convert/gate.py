@@ -20,6 +20,7 @@ from megalm.convert.folder import Weights
 from megalm.errors import MegalmError
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import Embedding, Head, decoder
+from megalm.nn.config import HeadKind
 from megalm.nn.layers import Layers
 from megalm.tokenizer.base import Tokenizer
 
@@ -58,7 +59,9 @@ def judge(config: ModelConfig, weight: Callable[[str], Tensor], tokenizer: Token
     tokens = _tokens(config, tokenizer)
     ours = logits(config, weight, tokens)
     with _quiet(transformers):
-        theirs = _their_logits(transformers, folder, tokens)
+        theirs = _their_logits(transformers, folder, tokens, config.head)
+        if config.head == "sequence_classification":
+            ours = ours[:, -1]
         notes = _compare_tokenizers(transformers, tokenizer, folder)
     for name, computed in (("megalm", ours), ("transformers", theirs)):
         if not computed.isfinite().all():
@@ -98,7 +101,8 @@ def _tokens(config: ModelConfig, tokenizer: Tokenizer) -> Tensor:
 
 @torch.no_grad()
 def logits(config: ModelConfig, weight: Callable[[str], Tensor], tokens: Tensor) -> Tensor:
-    """tokens [batch, seq] -> [batch, seq, vocab] of a model in fp32, of which one layer at a time is in memory."""
+    """tokens [batch, seq] -> [batch, seq, vocab or classes] of a model in fp32, one layer of which is in memory at a
+    time."""
     positions = torch.arange(tokens.shape[1]).repeat(tokens.shape[0], 1)
     stream: Any = (tokens, torch.zeros_like(positions), positions, torch.arange(tokens.shape[0]))
     embedding: Embedding | None = None
@@ -114,21 +118,29 @@ def logits(config: ModelConfig, weight: Callable[[str], Tensor], tokens: Tensor)
         elif isinstance(layer, Embedding) and config.tie_word_embeddings:
             embedding = layer
         stream = layer(stream)
-    return stream.view(*tokens.shape, -1)[..., : config.vocab_size]
+    computed = stream.view(*tokens.shape, -1)
+    return computed[..., : config.vocab_size] if config.head == "language_model" else computed
 
 
 @torch.no_grad()
-def _their_logits(transformers: Any, folder: Path, tokens: Tensor) -> Tensor:
-    """tokens [batch, seq] -> [batch, seq, vocab] of transformers' model of a folder, in fp32."""
+def _their_logits(transformers: Any, folder: Path, tokens: Tensor, head: HeadKind) -> Tensor:
+    """tokens [batch, seq] -> [batch, seq, vocab or classes] of transformers' model of a folder, in fp32; [batch,
+    classes] where a class is that of the row."""
     with Weights(folder) as weights:
-        model, kept = _without_weights(transformers, weights)
+        model, kept = _without_weights(transformers, weights, head)
         for module in model.modules():
             if own := {key: kept[id(parameter)] for key, parameter in module.named_parameters(recurse=False)}:
                 _fill_while_it_computes(module, own, weights)
+        if head == "question_answering":  # its classes of some architectures take no use_cache
+            said = model(input_ids=tokens)
+            return torch.stack((said.start_logits, said.end_logits), dim=-1).float()
+        if head == "sequence_classification":  # of a row's last token, whatever its id
+            model.config.pad_token_id = None  # type: ignore[union-attr]
+            return torch.cat([model(input_ids=row, use_cache=False).logits.float() for row in tokens[:, None]])
         return model(input_ids=tokens, use_cache=False).logits.float()
 
 
-def _without_weights(transformers: Any, weights: Weights) -> tuple[nn.Module, dict[int, str]]:
+def _without_weights(transformers: Any, weights: Weights, head: HeadKind) -> tuple[nn.Module, dict[int, str]]:
     """transformers' model of a folder, and for each of its parameters, by id, the folder's tensor that belongs there.
 
     transformers loads tensors of the folder's names and shapes that lie on one stretch of memory, each one number
@@ -147,7 +159,9 @@ def _without_weights(transformers: Any, weights: Weights) -> tuple[nn.Module, di
     }
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        model, found = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        task = "CAUSAL_LM" if head == "language_model" else head.upper()
+        kind = getattr(transformers, f"MODEL_FOR_{task}_MAPPING")[type(config)]
+        model, found = kind.from_pretrained(
             None, config=config, state_dict=stand_ins, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # whatever transformers raises, it does not load

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megalm.errors import MegalmError
 from megalm.models.config import ModelConfig
-from megalm.nn.config import RopeScaling
+from megalm.nn.config import HeadKind, RopeScaling
 from megalm.nn.position import rotary_attention_factor
 
 # ---- tensors ----
@@ -224,4 +224,31 @@ class LayerWindow:
         return {"sliding_window": window}
 
 
-ConfigMapping = Key | Fixed | Rope | LayerWindow
+@dataclass(frozen=True)
+class HeadOf:
+    """What stands on the last block. The classes' names are not the model's: a conversion puts them in."""
+
+    head: HeadKind
+
+    def write(self, ours: Values) -> dict[str, Any]:
+        if self.head == "language_model":
+            return {}
+        labels = label_keys([f"LABEL_{number}" for number in range(ours["num_labels"])])
+        # transformers drops a tenth of what that head sees in training, if nothing is said; here nothing is dropped.
+        return labels | ({"classifier_dropout": 0.0} if self.head == "token_classification" else {})
+
+    def read(self, theirs: Values) -> dict[str, Any]:
+        if self.head == "language_model":
+            return {"head": self.head, "num_labels": None}
+        return {"head": self.head, "num_labels": len(theirs.get("id2label") or range(theirs.get("num_labels", 2)))}
+
+
+def label_keys(names: Sequence[str]) -> dict[str, Any]:
+    """config.json's keys for the names of classes."""
+    return {
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
+
+
+ConfigMapping = Key | Fixed | Rope | LayerWindow | HeadOf

@@ -24,6 +24,8 @@ def open_start(path: Path, config: ModelConfig, tokenizer: Tokenizer, allowed: C
     """
     source = open_source(path)
     theirs, ours = maths(source.config.model_dump()), maths(config.model_dump())
+    if source.config.head == "language_model" != config.head:
+        theirs |= {key: ours[key] for key in ("head", "num_labels", "tie_word_embeddings")}  # the head is a fresh one
     for key in (key for key in ModelConfig.model_fields if key in ours and theirs[key] != ours[key]):
         name = f"model.{key}"
         if name in allowed:

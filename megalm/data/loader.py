@@ -227,6 +227,13 @@ def _stop(stopping: threading.Event, items: "queue.Queue[Step | BaseException]",
     thread.join(timeout=10)
 
 
+def held_out_samples(samples: Samples, sequences: int) -> np.ndarray:
+    """Numbers in their corpus of the samples that held_out_batches() takes: [sequences], or fewer."""
+    [corpus] = samples.corpora
+    count = min(sequences, corpus.samples)
+    return np.arange(count) * corpus.samples // count
+
+
 def held_out_batches(
     samples: Samples,
     *,
@@ -239,12 +246,10 @@ def held_out_batches(
 
     The samples are evenly spaced over the corpus, so that a few of them stand for all of it, and taken in order. Over
     all ranks each appears exactly once. Every rank gets the same number of micro-batches: rows beyond the last sample
-    are padding with loss_mask 0 and sample id -1.
+    are padding with loss_mask 0 and sample id -1. Other sample ids are places in held_out_samples().
     """
-    [corpus] = samples.corpora
-    total = corpus.samples
-    count = min(sequences, total)
-    chosen = np.arange(count) * total // count
+    chosen = held_out_samples(samples, sequences)
+    count = len(chosen)
     per_rank = -(-count // (size * micro_batch_size)) * micro_batch_size
     numbers = rank + size * np.arange(per_rank)
 

@@ -16,7 +16,7 @@ from pydantic import (
 
 from megalm.config import Config
 from megalm.errors import MegalmError
-from megalm.nn.config import BlockConfig
+from megalm.nn.config import BlockConfig, HeadKind
 
 
 class ModelConfig(BlockConfig):
@@ -31,7 +31,12 @@ class ModelConfig(BlockConfig):
     num_layers: PositiveInt = 4
     """Transformer blocks."""
     tie_word_embeddings: bool = False
-    """The output head shares the embedding's weight."""
+    """The output head of a language model shares the embedding's weight."""
+    head: HeadKind = "language_model"
+    """What stands on the last block: logits of the next token, or of classes at the positions that a task reads.
+    Default: what the task needs."""
+    num_labels: PositiveInt | None = None
+    """Classes of a head that is not a language model's. Default: the task's."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
     scale_output_init: bool = True
@@ -56,6 +61,8 @@ class ModelConfig(BlockConfig):
                 f"rotary_fraction {self.rotary_fraction:g} turns {self.rotary_width} of {self.head_width} channels, "
                 "which must be an even number: change it"
             )
+        if self.z_loss and self.head != "language_model":
+            raise ValueError(f"z_loss is of a language model, and the head is {self.head}: set z_loss to 0")
         if self.sliding_window and self.position == "alibi":
             raise ValueError("sliding_window with alibi positions is not supported: choose one")
         return self
@@ -65,6 +72,21 @@ class ModelConfig(BlockConfig):
         assert self.vocab_size is not None
         multiple = self.pad_vocab_to_multiple_of
         return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head is the embedding's table."""
+        return self.tie_word_embeddings and self.head == "language_model"
+
+    @property
+    def vocabulary_tables(self) -> int:
+        """Tables with a row per token id: the embedding, and the head of its own that a language model may have."""
+        return 2 if self.head == "language_model" and not self.tie_word_embeddings else 1
+
+    @property
+    def head_bias(self) -> bool:
+        """Whether the classes of a head that is not a language model's have biases, as in transformers."""
+        return self.head in ("token_classification", "question_answering")
 
     def num_parameters(self) -> int:
         """Weights of the model without the rows that pad the vocabulary; a tied head counts once."""
@@ -78,7 +100,10 @@ class ModelConfig(BlockConfig):
         attention += 2 * self.head_width * self.qk_norm
         inputs = 2 if self.gated else 1
         feed_forward = (inputs + 1) * hidden * inner + (inputs * inner + hidden) * self.mlp_bias
-        tables = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        tables = self.vocab_size * hidden * self.vocabulary_tables
+        if self.head != "language_model":
+            assert self.num_labels is not None
+            tables += self.num_labels * (hidden + self.head_bias)
         if self.position == "learned":
             tables += self.max_position_embeddings * hidden
         return tables + self.num_layers * (2 * norm + attention + feed_forward) + norm

@@ -1,9 +1,10 @@
-"""The decoder-only language model as a list of layers: embedding, blocks, norm, head."""
+"""The decoder-only model as a list of layers: embedding, blocks, norm, and a language model's head or a classifier."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalm.models.config import ModelConfig
@@ -20,7 +21,7 @@ class LayerSpec:
     """One layer of a model, not built yet, so that a pipeline stage builds only its own."""
 
     name: str
-    """`embedding`, `positions`, `blocks.0`, ..., `norm`, `head`: the prefix of its parameters' names."""
+    """`embedding`, `positions`, `blocks.0`, ..., `norm`, `head` or `classifier`: the prefix of parameters' names."""
     build: Callable[[], nn.Module]
     """Makes the layer; initialize() then fills its parameters."""
     tied_to: str | None = None
@@ -96,6 +97,31 @@ class Head(nn.Module):
         return logits
 
 
+class Classifier(nn.Module):
+    """Logits of classes at every position. Layer: stream -> [tokens, num_labels], fp32, the same on every tensor rank.
+
+    All positions have them, so that several examples may share a row: a task says where each of them is read. There are
+    few classes, so every rank holds the weight whole.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+        super().__init__()
+        assert config.num_labels is not None, "the task's classes are counted before a model is built"
+        self.layers = layers
+        linear = layers.linear(config.hidden_size, config.num_labels, bias=config.head_bias, std=config.init_std)
+        for name in ("weight", "bias"):
+            self.register_parameter(name, getattr(linear, name))
+
+    def forward(self, stream: tuple[Tensor, ...]) -> Tensor:
+        # No enter(): the ranks do not share the work, and each finds the whole gradient of its tokens by itself.
+        bias = None if self.bias is None else self.layers.replicated(self.bias)
+        logits = F.linear(stream[0], self.layers.replicated(self.weight), bias)
+        return self.layers.collect(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+
 def decoder(
     config: ModelConfig,
     layers: Layers,
@@ -131,8 +157,11 @@ def decoder(
         specs.append(LayerSpec("positions", lambda: PositionTable(config, layers, std=config.init_std, seed=seed)))
     specs += [LayerSpec(f"blocks.{i}", block(f"blocks.{i}")) for i in range(config.num_layers)]
     specs.append(LayerSpec("norm", lambda: FinalNorm(config, layers)))
-    tied_to = "embedding" if config.tie_word_embeddings else None
-    specs.append(LayerSpec("head", lambda: Head(config, layers), tied_to=tied_to))
+    if config.head == "language_model":
+        tied_to = "embedding" if config.is_tied else None
+        specs.append(LayerSpec("head", lambda: Head(config, layers), tied_to=tied_to))
+    else:
+        specs.append(LayerSpec("classifier", lambda: Classifier(config, layers)))
     return specs
 
 
@@ -163,7 +192,7 @@ class LayerList(nn.Module):
                 head.tie(embedding)
 
     def forward(self, stream: tuple[Tensor, ...]) -> Tensor:
-        """(tokens [batch, seq], segment_ids, positions, sample_ids) -> logits [tokens, padded_vocab / T]."""
+        """(tokens [batch, seq], segment_ids, positions, sample_ids) -> logits of classes or the vocabulary's slice."""
         flowing: tuple[Tensor, ...] | Tensor = stream
         for layer in self.children():
             flowing = layer(flowing)

@@ -8,6 +8,8 @@ from megalm.config import Config
 
 AttentionBackend = Literal["auto", "plain", "blocks", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash2", "flash3", "flash4"]
 
+HeadKind = Literal["language_model", "sequence_classification", "token_classification", "question_answering"]
+
 
 class RopeScaling(Config):
     """How rotary frequencies are stretched beyond the length the model was trained at."""

@@ -59,6 +59,11 @@ class Layers:
         """This rank's part of a [tokens, ...] tensor that all ranks hold, aligned with hidden states."""
         return x
 
+    def collect(self, x: Tensor) -> Tensor:
+        """All tokens, on every rank, of what each computed whole on its part of them: [tokens / T, width] -> [tokens,
+        width]. What follows must be the same on all ranks."""
+        return x
+
     def replicated(self, parameter: Tensor) -> Tensor:
         """A parameter that is used on this rank's part of the tokens only, so its gradient is a partial sum."""
         return parameter

@@ -1,7 +1,7 @@
 """One step() over DeepSpeed's engines: ZeRO 0 to 3 with one pipeline stage, 1F1B or DualPipeV with more.
 
 A micro-batch is ((tokens, segment_ids, positions, sample_ids), (labels, loss_mask)); all are [batch, seq] but
-sample_ids, which is [batch].
+sample_ids, which is [batch], and the labels of some heads (nn.loss), which are [batch, seq, width].
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
@@ -37,6 +38,28 @@ class StepResult:
     grad_norm: float
     applied: bool
     trained_tokens: int
+
+
+class LossOrLogits:
+    """The loss; while predictions are asked for, a keeper of logits in its place.
+
+    Every engine calls it with the logits of a micro-batch, on the rank that has them, in an order of its own.
+    """
+
+    def __init__(self, loss: LossFunction):
+        self._loss = loss
+        self.kept: dict[int, np.ndarray] | None = None
+        """While predictions are asked for: sample id -> logits [seq, width] of what came by on this rank."""
+
+    def __call__(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        """logits: [tokens, width]. targets: (labels, weights), or (sample ids [batch], whatever)."""
+        if self.kept is None:
+            return self._loss(logits, targets)
+        ids = targets[0]
+        for sample, row in zip(ids.tolist(), logits.float().cpu().unflatten(0, (len(ids), -1)).numpy(), strict=True):
+            if sample >= 0:
+                self.kept[sample] = row
+        return logits.new_zeros(())
 
 
 class StepGuard:
@@ -74,8 +97,17 @@ class StepGuard:
 class Engine(ABC):
     """The model, its optimizer and its layout, driven one global step at a time."""
 
-    def __init__(self, engine: Any, groups: Groups, guard: StepGuard, device: torch.device, gradient_clipping: float):
+    def __init__(
+        self,
+        engine: Any,
+        groups: Groups,
+        guard: StepGuard,
+        device: torch.device,
+        gradient_clipping: float,
+        loss: LossOrLogits,
+    ):
         self.engine = engine
+        self._loss = loss
         self.groups = groups
         self.device = device
         self._guard = guard
@@ -112,10 +144,34 @@ class Engine(ABC):
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
         """Mean loss over the tokens of `micro_batches` on all ranks, in nats, and their number."""
-        blank = [(inputs, (labels, torch.zeros_like(mask))) for inputs, (labels, mask) in micro_batches[:1]]
-        padded = [*micro_batches, *(blank * (-len(micro_batches) % self._evaluation_round()))]
+        padded = self._padded(micro_batches)
         weighted, tokens = self._weigh(padded, len(padded))
         return self._forward(weighted), tokens
+
+    def predict(self, micro_batches: Sequence[MicroBatch]) -> dict[int, np.ndarray]:
+        """Logits [seq, width] fp32 of every row of `micro_batches` on all ranks, by sample id, in order; on rank 0,
+        nothing on the others. Every rank calls it.
+
+        Rows of padding (sample id -1) are left out. For heads of few classes, since all of it goes through host memory.
+        """
+        self._loss.kept = {}
+        batches = []
+        for inputs, (_, mask) in self._padded(micro_batches):
+            here = tuple(x.to(self.device, non_blocking=True) for x in inputs)
+            batches.append((here, (here[3], mask.to(self.device, non_blocking=True))))
+        self._forward(batches)  # type: ignore[arg-type]
+        mine, self._loss.kept = self._loss.kept, None
+        shares = self.groups.gather_to_main(mine if self.groups.tensor_rank == 0 else {})
+        found = {sample: row for share in shares for sample, row in share.items()}
+        return {sample: found[sample] for sample in sorted(found)}
+
+    def _padded(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """With as many blank ones behind them as an evaluation needs."""
+        blank = [
+            ((*inputs[:3], torch.full_like(inputs[3], -1)), (labels, torch.zeros_like(mask)))
+            for inputs, (labels, mask) in micro_batches[:1]
+        ]
+        return [*micro_batches, *(blank * (-len(micro_batches) % self._evaluation_round()))]
 
     @property
     def weight_dtype(self) -> str:
@@ -218,10 +274,6 @@ class Engine(ABC):
 
 class _ZeroEngine(Engine):
     """DeepSpeedEngine: one pipeline stage, ZeRO 0 to 3."""
-
-    def __init__(self, *args: Any, loss: LossFunction):
-        super().__init__(*args)
-        self._loss = loss
 
     def _train(self, micro_batches: list[MicroBatch]) -> float:
         self.engine.train()
@@ -354,12 +406,15 @@ def create(
     """Wrap `module` and `optimizer` in the DeepSpeed engine that the layout asks for."""
     # Norms may differ in their last bit between copies of the model; all ranks judge the same one.
     guard = StepGuard(optimizer, lambda norm: accept(groups.maximum(norm if math.isfinite(norm) else math.inf)))
+    kept = LossOrLogits(loss)
+    if _is_pipeline(module):
+        module.loss_fn = kept  # type: ignore[assignment]
     with quiet():
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, mpu=None if _is_pipeline(module) else groups.grid
         )
-    common = (engine, groups, guard, device, gradient_clipping)
-    return _PipelineEngine(*common) if _is_pipeline(module) else _ZeroEngine(*common, loss=loss)
+    kind = _PipelineEngine if _is_pipeline(module) else _ZeroEngine
+    return kind(engine, groups, guard, device, gradient_clipping, kept)
 
 
 def _is_pipeline(module: nn.Module) -> bool:

@@ -65,6 +65,12 @@ class Groups:
         dist.all_gather_object(items, item)
         return items
 
+    def gather_to_main(self, item: Any) -> list[Any]:
+        """`item` of every rank in rank order, on rank 0; nothing on the others."""
+        items: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(item, items, dst=0)
+        return items or []
+
     def decide(self, question: Callable[[], T]) -> T:
         """Rank 0's answer on every rank, so that none acts on another view of the disk; or its MegalmError on all."""
         answer: list[Any] = [None, ""]

@@ -132,6 +132,12 @@ class TensorParallelLayers(Layers):
     def split(self, x: Tensor) -> Tensor:
         return scatter_to_sequence_parallel_region(x, group=self.group) if self.sequence_parallel else x
 
+    def collect(self, x: Tensor) -> Tensor:
+        if not self.sequence_parallel:
+            return x
+        # All ranks compute the same from here on, so each has the whole gradient of all tokens: it is cut, not summed.
+        return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.group)
+
     def replicated(self, parameter: Tensor) -> Tensor:
         return self.partial(parameter) if self.sequence_parallel else parameter
 

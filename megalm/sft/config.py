@@ -69,6 +69,22 @@ class TaskConfig(Config):
     """Names of the classes, in the order of their numbers. Default: those in the training rows, sorted."""
     multi_label: bool = False
     """text_classification: a row may have any number of labels, as a list."""
+    tag_at: Literal["first", "last"] = "last"
+    """token_classification: the token of a word where its tag is read. Only at the last has a causal model read the
+    whole word; its first may be no more than a space."""
+    none_label: str | None = None
+    """relation_extraction: the class that says that there is no relation, which is never counted as found."""
+    markers: list[str] = Field(default=["<e1>", "</e1>", "<e2>", "</e2>"], min_length=4, max_length=4)
+    """relation_extraction: what stands before and behind both entities in a text; control tokens of the tokenizer, or
+    plain text."""
+    stride: PositiveInt | None = None
+    """question_answering: tokens of a long context that a window shares with the one before. Default: a quarter of a
+    window."""
+    longest_answer: PositiveInt = 64
+    """question_answering: tokens of an answer that is found, at most."""
+    unanswerable: bool = False
+    """question_answering: a question without an answer is one that its context does not answer, to be found out.
+    Otherwise it is left out."""
     augment: AugmentConfig = AugmentConfig()
     """More from the same training rows."""
 

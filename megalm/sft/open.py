@@ -3,15 +3,19 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from megalm.data.config import DataConfig
 from megalm.data.corpus import read_lines
 from megalm.errors import MegalmError
-from megalm.sft import text
+from megalm.sft import classify, text
 from megalm.sft.augment import Synonyms
+from megalm.sft.classify import open_classification
 from megalm.sft.config import TaskConfig, TaskKind
 from megalm.sft.read import read_examples, row_files
+from megalm.sft.span import open_question_answering
+from megalm.sft.tag import open_tagging
 from megalm.sft.task import Task
 from megalm.tokenizer.base import Tokenizer
 
@@ -24,6 +28,11 @@ OPENERS: Mapping[TaskKind, Opener] = {
     "summarization": text.open_asked,
     "translation": text.open_asked,
     "continuation": text.open_continuation,
+    "text_classification": partial(open_classification, classify.TextClassification),
+    "pair_classification": partial(open_classification, classify.PairClassification),
+    "relation_extraction": partial(open_classification, classify.RelationExtraction),
+    "token_classification": open_tagging,
+    "question_answering": open_question_answering,
 }
 """How a task of each kind is made."""
 FORMAT = 1

@@ -32,7 +32,8 @@ def row_files(path: str | Path) -> list[Path]:
 def read_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Refused]]:
     """The rows of one file, each with its line (JSONL) or its number (JSON, Parquet), from 1; or why it is none.
 
-    A JSON file is a list, or an object whose `data` is one, and is held in memory whole.
+    A JSON file is a list, or an object whose `data` is one, and is held in memory whole. SQuAD's articles are taken
+    apart: each question is a row.
     Raises MegalmError if the file cannot be read.
     """
     kind = content_suffix(path)
@@ -63,7 +64,21 @@ def _json(path: Path) -> list[Any]:
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise MegalmError(f"{path} is neither a list of rows nor an object whose `data` is one: rewrite it as a list")
-    return rows
+    return [row for each in rows for row in _questions(each)]
+
+
+def _questions(row: Any) -> list[Any]:
+    """The questions of an article as SQuAD nests them, each with its context; any other row is one."""
+    if not (isinstance(row, dict) and isinstance(row.get("paragraphs"), list)):
+        return [row]
+    try:
+        return [
+            {"context": paragraph["context"], **question}
+            for paragraph in row["paragraphs"]
+            for question in paragraph["qas"]
+        ]
+    except (KeyError, TypeError):
+        return [row]
 
 
 def _parquet(path: Path) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from megalm.checkpoint.saver import Saver
 from megalm.config import dump
 from megalm.data.config import SourceConfig
 from megalm.data.examples import ExampleSet, Rows
-from megalm.data.loader import Loader, held_out_batches
+from megalm.data.loader import Loader, held_out_batches, held_out_samples
 from megalm.data.packing import Windows
 from megalm.errors import MegalmError
 from megalm.models import tuning as tunings
@@ -22,7 +22,7 @@ from megalm.nn.attention import requirements
 from megalm.nn.init import spec_of
 from megalm.nn.kernels import resolve
 from megalm.nn.layers import Layers
-from megalm.nn.loss import token_loss
+from megalm.nn.loss import head_loss
 from megalm.nn.norm import resolve_norm
 from megalm.optim.adamw import MOMENTS, build_optimizer, resolve_implementation
 from megalm.optim.parameters import parameter_groups
@@ -33,7 +33,9 @@ from megalm.parallel.groups import Groups
 from megalm.parallel.pipeline import pipeline_module
 from megalm.parallel.tensor import TensorParallelLayers
 from megalm.sft.augment import TokenDropout, open_augment, repeat_rare
+from megalm.sft.heads import HeadTask
 from megalm.sft.open import keep_examples
+from megalm.sft.scoring import Scorer
 from megalm.training import resume
 from megalm.training.callbacks.anomalies import Anomalies
 from megalm.training.callbacks.checkpoints import Checkpoints
@@ -80,7 +82,7 @@ def build_engine(
     )
 
     def loss(logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return token_loss(layers, logits, *targets, model.z_loss)
+        return head_loss(model.head, layers, logits, *targets, model.z_loss)
 
     seed = config.run.seed if draw else None
     accumulation = joined.layout.accumulation(train.global_batch_size, train.micro_batch_size)
@@ -194,7 +196,7 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     built, specs = build_engine(config, joined, device, anomalies.accept, draw=not filled)
     assert built.num_parameters == sum(whole.values()), "a weight is missing"
     names = [spec.name for spec in specs]
-    held_out = _held_out(planned, joined)
+    held_out, scorers = _held_out(planned, joined)
     facts = _facts(planned, device)
     _require_same_kernels(joined, facts)
     run = Run(
@@ -219,6 +221,7 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
             Evaluation(
                 config.evaluate.every,
                 _held_out_bytes(planned, joined, held_out),
+                scorers,
                 config.evaluate.epochs * loader.epoch,
             ),
             *([Selection(config.evaluate)] if config.evaluate.selects else []),
@@ -252,6 +255,8 @@ def open_samples(planned: Plan, joined: Groups, sources: Sequence[SourceConfig] 
     training = sources is None
     sources = data.sources if sources is None else sources
     if task is None:
+        if config.model.head != "language_model":
+            raise MegalmError(f"model.head {config.model.head} needs labels, and shards have none: name a task")
         return Windows(
             sources,
             tokenizer,
@@ -297,27 +302,31 @@ def arrange(
     )
 
 
-def _held_out(planned: Plan, joined: Groups) -> dict[str, list[engine.MicroBatch]]:
-    """This rank's micro-batches of every held-out corpus, by the shortest end of its path that tells it apart."""
-    data = planned.config.data
-    return {
-        name: [
-            tensors(batch)
-            for batch in held_out_batches(
-                open_samples(planned, joined, [source]),
-                rank=joined.data_rank,
-                size=planned.layout.data,
-                micro_batch_size=planned.config.train.micro_batch_size,
-                sequences=planned.config.evaluate.sequences,
-            )
-        ]
-        for name, source in zip(_short_names([source.path for source in data.held_out]), data.held_out, strict=True)
-    }
+def _held_out(planned: Plan, joined: Groups) -> tuple[dict[str, list[engine.MicroBatch]], dict[str, Scorer]]:
+    """This rank's micro-batches of every held-out corpus, by the shortest end of its path that tells it apart; and what
+    scores them, where the task has a head of its own."""
+    data, sequences = planned.config.data, planned.config.evaluate.sequences
+    batches, scorers = {}, {}
+    for name, source in zip(_short_names([source.path for source in data.held_out]), data.held_out, strict=True):
+        samples = open_samples(planned, joined, [source])
+        found = held_out_batches(
+            samples,
+            rank=joined.data_rank,
+            size=planned.layout.data,
+            micro_batch_size=planned.config.train.micro_batch_size,
+            sequences=sequences,
+        )
+        batches[name] = [tensors(batch) for batch in found]
+        if isinstance(planned.task, HeadTask):
+            assert isinstance(samples, Rows)
+            scorers[name] = Scorer(planned.task, samples, held_out_samples(samples, sequences))
+    return batches, scorers
 
 
 def _held_out_bytes(planned: Plan, joined: Groups, held_out: dict[str, list[engine.MicroBatch]]) -> dict[str, int]:
-    """Bytes of the text that every corpus's evaluated tokens stand for, on all ranks. All ranks call it."""
-    if not held_out:
+    """Bytes of the text that every corpus's evaluated tokens stand for, on all ranks; nothing where labels are classes.
+    All ranks call it."""
+    if not held_out or planned.config.model.head != "language_model":
         return {}
     counts = torch.tensor(planned.tokenizer.byte_counts())
     mine = {

@@ -3,13 +3,16 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megalm.data.index import ShardReader
 from megalm.errors import MegalmError
 from megalm.layout import Layout, check_model
+from megalm.models.config import ModelConfig
 from megalm.parallel.config import ParallelConfig
 from megalm.parallel.proved import proved
 from megalm.sft.augment import open_augment
+from megalm.sft.heads import HeadTask
 from megalm.sft.open import check_rows, open_task
 from megalm.sft.task import Task
 from megalm.tokenizer.base import Tokenizer
@@ -19,8 +22,9 @@ from megalm.training.config import RunConfig
 
 @dataclass(frozen=True)
 class Plan:
-    """config: with model.vocab_size filled in. accumulation: micro-batches of one rank per step. unproved: what no test
-    has proved and parallel.allow_unproved lets pass, empty if there is nothing. task: of fine-tuning."""
+    """config: with the model's vocab_size, head and num_labels filled in. accumulation: micro-batches of one rank per
+    step. unproved: what no test has proved and parallel.allow_unproved lets pass, empty if there is nothing. task: of
+    fine-tuning."""
 
     config: RunConfig
     layout: Layout
@@ -58,6 +62,11 @@ def plan(config: RunConfig, world_size: int) -> Plan:
             f"model.vocab_size {model.vocab_size} is below the {tokenizer.vocab_size} ids of {config.data.tokenizer}: "
             "leave it out to take the tokenizer's"
         )
+    task = None
+    if config.task:
+        task = open_task(config.task, config.data, tokenizer, train.sequence_length)
+        if isinstance(task, HeadTask):
+            model = _with_head(model, task)
     check_model(
         layout,
         num_attention_heads=model.num_attention_heads,
@@ -72,9 +81,7 @@ def plan(config: RunConfig, world_size: int) -> Plan:
     if unproved and not parallel.allow_unproved:
         raise MegalmError(f"{unproved}: choose what is (docs/support.md), or set parallel.allow_unproved to true")
     # Refuses what the loader would refuse, some seconds later.
-    task = None
-    if config.task:
-        task = open_task(config.task, config.data, tokenizer, train.sequence_length)
+    if task and config.task:
         check_rows(task, config.data, train.sequence_length)
         open_augment(config.task, tokenizer, config.run.seed)
     else:
@@ -82,6 +89,22 @@ def plan(config: RunConfig, world_size: int) -> Plan:
             ShardReader(source.path, tokenizer)
     _check_directory(Path(config.run.directory))
     return Plan(planned, layout, accumulation, tokenizer, unproved or "", task)
+
+
+def _with_head(model: ModelConfig, task: HeadTask) -> ModelConfig:
+    """Raises MegalmError if the config asks for another head than the task's."""
+    head: dict[str, Any] = {"head": task.head, "num_labels": len(task.labels)}
+    for key, value in head.items():
+        if key in model.model_fields_set and getattr(model, key) not in (None, value):
+            raise MegalmError(
+                f"model.{key} is {getattr(model, key)} and task.kind {task.config.kind} needs {value}: leave it out to "
+                "take the task's"
+            )
+    if model.z_loss:
+        raise MegalmError(
+            f"model.z_loss is of a language model, and task.kind {task.config.kind} trains none: set it to 0"
+        )
+    return model.model_copy(update=head)
 
 
 def _check_directory(directory: Path) -> None:

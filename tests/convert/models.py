@@ -69,7 +69,7 @@ def build(**changes: Any) -> tuple[LayerList, ModelConfig]:
 def cut(name: str) -> int | None:
     """The dimension along which tensor parallelism cuts a weight."""
     row = "attention.output" in name or "feed_forward.down" in name
-    if "norm" in name or name.startswith("positions") or (row and name.endswith("bias")):
+    if "norm" in name or name.startswith(("positions", "classifier")) or (row and name.endswith("bias")):
         return None
     return 1 if row else 0
 
@@ -85,6 +85,7 @@ def checkpoint(
     tensor: int = 1,
     dtype: str = "float32",
     moments: bool = True,
+    blend: dict[str, Any] | None = None,
 ) -> Path:
     """A checkpoint as the ranks of this layout write it."""
     weights = {name: parameter.detach() for name, parameter in model.named_weights().items()}
@@ -105,7 +106,7 @@ def checkpoint(
         dtype=dtype,
         step=20,
         config={"model": config.model_dump(), "data": {"tokenizer": str(tokenizer)}},
-        data={"blend": {"tokenizer": _fingerprint(tokenizer)}},
+        data={"blend": {"tokenizer": _fingerprint(tokenizer), **(blend or {})}},
         versions={"megalm": "0.1.0"},
     )[0]
 

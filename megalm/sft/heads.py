@@ -1,0 +1,132 @@
+"""What tasks with a head of their own share: columns, classes, and predictions that can be scored."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from megalm.data.config import DataConfig
+from megalm.data.examples import Example
+from megalm.errors import MegalmError
+from megalm.nn.config import HeadKind
+from megalm.sft.config import TaskConfig
+from megalm.sft.read import read_rows, row_files
+from megalm.sft.report import Prediction
+from megalm.sft.task import Refused
+from megalm.tokenizer.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class Shortened(Example):
+    """An example that knows what it can do without: `at` gives the one of so many positions."""
+
+    at: Callable[[int], Example]
+
+    def cut(self, length: int) -> Example:
+        return self.at(length)
+
+
+class HeadTask(ABC):
+    """A kind of fine-tuning (sft.task.Task) that puts a head of classes in the place of the language model's."""
+
+    head: ClassVar[HeadKind]
+    columns: ClassVar[Mapping[str, str]]
+    """What a row holds -> the usual name of its column."""
+
+    def __init__(self, config: TaskConfig, tokenizer: Tokenizer, sequence_length: int) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.sequence_length = sequence_length
+        self.labels: list[str] = []
+        """Names of the classes, by number; filled in once the rows can be read."""
+        if unknown := sorted(set(config.columns) - set(self.columns)):
+            raise MegalmError(
+                f"task.columns names {unknown[0]}, and a row of {config.kind} has {', '.join(self.columns)}: name one "
+                "of these"
+            )
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {"labels": self.labels, "problem_type": self.problem_type}
+
+    @property
+    def problem_type(self) -> str | None:
+        """What transformers calls it, where a head serves several losses."""
+        return None
+
+    @abstractmethod
+    def examples(self, row: Mapping[str, Any]) -> list[Example]:
+        """What the model learns from a row. An answer's place is where its label is."""
+
+    @abstractmethod
+    def names(self, row: Mapping[str, Any]) -> Iterable[Any]:
+        """The classes that a row names, as it writes them."""
+
+    @abstractmethod
+    def predict(self, row: Mapping[str, Any], logits: Sequence[np.ndarray]) -> Prediction:
+        """What logits [n, classes] of each of a row's examples say; n is shorter where the example was cut, and 0 where
+        it was not evaluated."""
+
+    @abstractmethod
+    def score(self, said: Sequence[Prediction]) -> dict[str, float]:
+        """Metric -> value, of at least one prediction."""
+
+    def value(self, row: Mapping[str, Any], what: str) -> Any:
+        """What a row holds as `what`, under the name that its column has. Raises Refused if it has none."""
+        column = self.config.columns.get(what, self.columns[what])
+        if row.get(column) is None:
+            raise Refused(f"no column {column}")
+        return row[column]
+
+    def text(self, row: Mapping[str, Any], what: str) -> str:
+        """A text that is not empty."""
+        found = self.value(row, what)
+        if not isinstance(found, str) or not found.strip():
+            raise Refused(f"an empty {what}" if isinstance(found, str) else f"a {what} that is no text")
+        return found
+
+    def begin(self) -> list[int]:
+        """Ids that begin a document, as in pretraining."""
+        bos = self.tokenizer.bos_id
+        return [] if bos in (None, self.tokenizer.eos_id) else [bos]
+
+    def label(self, value: Any) -> int:
+        """Number of the class that a row names, or gives the number of. Raises MegalmError if there is none."""
+        name = str(value)
+        if name in self.labels:
+            return self.labels.index(name)
+        if self.config.labels and isinstance(value, int) and 0 <= value < len(self.labels):
+            return value
+        where = "task.labels" if self.config.labels else "the classes of data.sources"
+        raise MegalmError(
+            f"the label {name!r} is none of {where} ({', '.join(self.labels)}): correct it, or name all in task.labels"
+        )
+
+    def find_labels(self, data: DataConfig) -> None:
+        """Take the classes from task.labels, or else from all training rows, sorted. Raises MegalmError for too few."""
+        found = set(self.config.labels)
+        if len(found) < len(self.config.labels):
+            raise MegalmError("task.labels names a class twice: name each once")
+        if not found:
+            for source in data.sources:
+                for file in row_files(source.path):
+                    for _, row in read_rows(file):
+                        found |= self._named(row)
+        if len(found) < (1 if self.config.multi_label else 2):
+            raise MegalmError(
+                f"the rows of data.sources name {len(found)} classes ({', '.join(sorted(found)) or 'none'}), and a "
+                "classifier needs two: correct task.columns, or name them in task.labels"
+            )
+        self.labels = self.config.labels or sorted(found, key=_numbers_by_value)
+
+    def _named(self, row: Mapping[str, Any] | Refused) -> set[str]:
+        try:
+            return set() if isinstance(row, Refused) else set(map(str, self.names(row)))
+        except Refused:
+            return set()  # it is counted when it is read for its example
+
+
+def _numbers_by_value(name: str) -> tuple[int, str]:
+    return int(name) if name.isdecimal() else -1, name
