@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megalm.config import load as load_config
+from megalm.sft.report import read_predictions
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load
 from megalm.tokenizer.train import train as train_tokenizer
@@ -148,6 +149,7 @@ def test_a_model_learns_each_task(name: str, tmp_path: Path, tokenizer_path: Pat
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     [scores] = record["scores"].values()
     assert scores[metric] >= least, scores
-    said = [json.loads(line) for line in (tmp_path / "run" / "predictions" / "held_out.jsonl").read_text().splitlines()]
-    assert len(said) > 30
-    assert said[0].keys() == {"text", "reference", "prediction"}
+    kept = read_predictions(tmp_path / "run")
+    assert kept is not None and (kept.step, kept.kind) == (record["step"], tree["task"]["kind"])
+    [said] = kept.corpora.values()
+    assert len(said) > 30 and all(each.file == tree["data"]["held_out"][0]["path"] and each.row for each in said)
