@@ -70,8 +70,8 @@ def main() -> int:
         print(f"{processor()}, threads: {given.threads}; "
               + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl")))  # fmt: skip
         train = config.train
-        print(f"{config.model.num_parameters():,} weights, {given.precision}; micro-batches of {train.micro_batch_size} "
-              f"rows of at most {train.sequence_length} tokens", flush=True)  # fmt: skip
+        print(f"{config.model.num_parameters():,} weights, {given.precision}; micro-batches of "
+              f"{train.micro_batch_size} rows of at most {train.sequence_length} tokens", flush=True)  # fmt: skip
         rounds = []
         for number in range(given.rounds):
             rounds.append({side: start(side, given) for side in SIDES})
@@ -142,7 +142,7 @@ def task_of(config: RunConfig) -> Any:
 
 def start(side: str, given: argparse.Namespace) -> dict[str, Any]:
     """run_side in a fresh process."""
-    environment = os.environ | {
+    settings = {
         "OMP_NUM_THREADS": str(given.threads),
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
