@@ -28,7 +28,7 @@ from tests.distributed.training import STEPS, config, join
 from tests.sft.conftest import write_rows
 from tests.training.runs import SignalAt, curve, train_run
 
-LENGTH = 64
+LENGTH = 128
 
 
 def tree_of(folder: Path, tokenizer_folder: Path, conversations: list[Any], **sections: Any) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def test_a_killed_run_goes_on_at_another_layout(
     assert found[-1]["held_out"] == pytest.approx(expected[-1]["held_out"], rel=1e-5)
     assert [r["tokens"] for r in shifted] != [r["tokens"] for r in expected], "other samples are seen"
     said = (tmp_path / "broken" / "said.txt").read_text()
-    assert " of 25 rows, " in said and "cut to 64 tokens: " in said
+    assert " of 25 rows, " in said and "cut to 128 tokens: " in said
 
     for key, value in (("template", "qwen"), ("train_on", "all"), ("arrangement", "padded")):
         other = broken | {"task": task["task"] | {key: value}, "train": broken["train"] | {"steps": 9}}
