@@ -120,6 +120,9 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "data": APART,
     },
+    "classes": {"model": {"head": "sequence_classification", "num_labels": 5, "tie_word_embeddings": True}},
+    "tags": {"model": {"head": "token_classification", "num_labels": 7}, "data": APART},
+    "spans": {"model": {"head": "question_answering", "num_labels": 2}, "data": APART},
 }
 """Sets of features, each like a model that exists where there is one. Clipping bites in all but one of them."""
 
