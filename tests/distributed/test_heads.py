@@ -1,4 +1,4 @@
-"""Heads of classes: every layout has one process's losses, gradient norms and predictions; and Hugging Face Trainer's."""
+"""Heads of classes: every layout has one process's losses, norms and predictions; and Hugging Face Trainer's losses."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -72,7 +72,7 @@ def outcome(run: RunConfig, plant: Callable[[], None] | None = None) -> Outcome:
 
 
 def distance(found: Outcome, wanted: Outcome) -> float:
-    """The largest of any number; of predictions of spans only differences between places are seen."""
+    """The largest, of any number."""
     (curve, held_out, said), (their_curve, their_held_out, expected) = found, wanted
     assert list(said) == list(expected)
     rows = [(said[sample] - expected[sample]) for sample in expected]
