@@ -246,7 +246,8 @@ def test_run_configs_load_and_their_degrees_divide(path: Path) -> None:
 def test_folders_of_configs_are_all_tested() -> None:
     tasks = {*CONFIGS.glob("eval/*.yaml")}  # of the evaluation harness, tested with it
     assert set(CONFIGS.rglob("*.yaml")) - tasks == {*MODELS, *RUNS}
-    assert {"tiny", "demo", "pretrain_124m", "pretrain_1b", "pretrain_8b", "pretrain_70b"} == {run.stem for run in RUNS}
+    runs = {"tiny", "demo", "pretrain_124m", "pretrain_1b", "pretrain_8b", "pretrain_70b", "sft_chat"}
+    assert runs == {run.stem for run in RUNS}
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])

@@ -85,17 +85,18 @@ class Mixture:
 class ByLength:
     """An order in which the samples of a batch are of like length.
 
-    The mixture's order is cut into blocks of up to BATCHES global batches, but no longer than an epoch; each is sorted
-    by length and its batches permuted by (seed, block). The ranks of a step divide one batch, so they change nothing.
+    The mixture's order is cut into blocks of at most BATCHES global batches, equal parts of an epoch where batches
+    divide it. Each is sorted by length, and its batches permuted by (seed, block). The ranks of a step divide one
+    batch, so they change nothing.
     """
 
     BATCHES = 64
 
     def __init__(self, mixture: Mixture, lengths: Sequence[np.ndarray], batch: int, seed: int) -> None:
         """lengths: of the samples of each corpus. batch: samples of a step, over all ranks."""
-        samples = sum(corpus.samples for corpus in mixture.corpora)
+        epoch = max(1, sum(corpus.samples for corpus in mixture.corpora) // batch)
         self._mixture, self._lengths, self._seed = mixture, lengths, seed
-        self._shape = max(1, min(self.BATCHES, samples // batch)), batch
+        self._shape = epoch // -(-epoch // self.BATCHES), batch
         self._block = lru_cache(4)(self._compute_block)
 
     def __call__(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

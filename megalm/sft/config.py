@@ -28,7 +28,11 @@ class TaskConfig(Config):
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of the data's columns, by what they are (docs/tasks.md). Default: the usual ones of the kind."""
     template: str = "auto"
-    """Chat template: `auto` (the tokenizer's own, else chatml), `chatml`, `llama3`, `qwen`, or a Jinja file."""
+    """Chat template: `auto` (the tokenizer's own, else chatml, else for all kinds but chat plain), `chatml`, `llama3`,
+    `qwen`, `plain`, or a Jinja file."""
+    prompt: str | None = None
+    """What the model is asked, with columns of the row in braces, as in "Translate into German: {source}". Default: the
+    usual of summarization and translation."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Trained tokens: the assistant's, those of its last turn, or all. The end of a turn belongs to it."""
     arrangement: Literal["packed", "padded", "sorted"] = "packed"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megalm.data.config import DataConfig
 from megalm.data.corpus import read_lines
+from megalm.errors import MegalmError
 from megalm.sft import classify, text
 from megalm.sft.classify import open_classification
 from megalm.sft.config import TaskConfig, TaskKind
@@ -22,6 +23,10 @@ Opener = Callable[[TaskConfig, DataConfig, Tokenizer, int], Task]
 
 OPENERS: Mapping[TaskKind, Opener] = {
     "chat": text.open_chat,
+    "dialogue": text.open_dialogue,
+    "summarization": text.open_asked,
+    "translation": text.open_asked,
+    "continuation": text.open_continuation,
     "text_classification": partial(open_classification, classify.TextClassification),
     "pair_classification": partial(open_classification, classify.PairClassification),
     "relation_extraction": partial(open_classification, classify.RelationExtraction),
@@ -38,6 +43,8 @@ LOOKED_AT = 100
 
 def open_task(config: TaskConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int) -> Task:
     """The task of a config. Raises MegalmError if it cannot be had with this tokenizer, or its files do not serve."""
+    if config.kind not in OPENERS:
+        raise MegalmError(f"task.kind {config.kind} is not built yet: choose from {', '.join(OPENERS)}")
     return OPENERS[config.kind](config, data, tokenizer, sequence_length)
 
 

@@ -166,8 +166,8 @@ def read_examples(
                     report.add("nothing in it is trained", place)
     if not found:
         raise MegalmError(
-            f"none of the {report.rows:,} rows of {path} can be trained on ({report or 'it is empty'}): correct them, "
-            "task.kind, or the names in task.columns"
+            f"none of the {report.rows:,} rows of {path} can be trained on ({str(report) or 'it is empty'}): correct "
+            "them, task.kind, or the names in task.columns"
         )
     tokens, trained = (sum(int(count) for count in counts) for counts in zip(*map(_sizes, found)))
     told = f"{path}: {len(found):,} examples of {report.rows:,} rows, {trained:,} of {tokens:,} tokens trained"

@@ -1,34 +1,149 @@
-"""Tasks whose answer is text."""
+"""Tasks whose answer is text: conversations, and what is asked of a text as one.
 
-from collections.abc import Mapping, Sequence
+Each is a way from a row to a conversation; the template, the mask and the ids are the same for all.
+"""
+
+import hashlib
+import string
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megalm.data.config import DataConfig
 from megalm.data.examples import Example
-from megalm.sft.config import TaskConfig
-from megalm.sft.task import Refused, Task
+from megalm.errors import MegalmError
+from megalm.sft.config import TaskConfig, TaskKind
+from megalm.sft.messages import Columns, Conversation, alternating, conversation
+from megalm.sft.task import Refused
 from megalm.tokenizer.base import Tokenizer
-from megalm.tokenizer.chat import Chat, read_template
+from megalm.tokenizer.chat import NAMED, Chat, Unmarked, lacking, read_template
+
+PROMPTS: Mapping[TaskKind, str] = {
+    "summarization": "Summarize the following text.\n\n{document}",
+    "translation": "Translate the following text.\n\n{source}",
+}
+"""What is asked where task.prompt says nothing."""
+BETWEEN_LANGUAGES = "Translate the following text from {source_language} to {target_language}.\n\n{source}"
+"""Where the row says which they are."""
 
 
-def causal(ids: Sequence[int], trained: Sequence[bool]) -> Example:
+def causal(ids: Sequence[int], trained: Sequence[bool] | np.ndarray) -> Example:
     """A text's n + 1 ids as n positions, each of which says the next id; trained: of each id, [n + 1]."""
     return Example(np.array(ids[:-1]), np.array(ids[1:]), np.array(trained[1:], np.uint8))
 
 
-class ChatTask:
-    def __init__(self, chat: Chat) -> None:
+class ConversationTask:
+    """Conversations, of which the assistant's part is trained, or its last turn, or all (task.train_on)."""
+
+    def __init__(self, config: TaskConfig, chat: Chat, read: Callable[[Mapping[str, Any]], Conversation]) -> None:
         self.chat = chat
-        self.facts: Mapping[str, Any] = {}
+        self.facts: Mapping[str, Any] = {"template": hashlib.sha256(chat.template.encode()).hexdigest()}
+        self._config = config
+        self._read = read
 
     def examples(self, row: Mapping[str, Any]) -> list[Example]:
-        if "messages" not in row:
-            raise Refused("no column messages")
-        ids = self.chat.encode(row["messages"], reply=False)
+        found = self._read(row)
+        try:
+            if self._config.train_on == "all":
+                ids = self.chat.encode(found.messages, reply=False, tools=found.tools)
+                return [causal(ids, [True] * len(ids))]
+            ids, turns = self.chat.answers(found.messages, found.tools)
+        except Unmarked:
+            raise
+        except MegalmError as error:
+            raise Refused(str(error).partition(":")[0]) from None
+        if self._config.train_on == "last":
+            turns = turns[-1:]
+        trained = np.zeros(len(ids), bool)
+        for start, stop in turns:
+            trained[start:stop] = True
+        if not trained[1:].any():
+            raise Refused("no token of the assistant in what the template writes")
+        return [causal(ids, trained)]
+
+
+class ContinuationTask:
+    """Plain texts, trained from the first token that has one before it to the end of the document."""
+
+    facts: Mapping[str, Any] = {}
+
+    def __init__(self, config: TaskConfig, tokenizer: Tokenizer) -> None:
+        self._columns, self._tokenizer = config.columns, tokenizer
+        begin = tokenizer.bos_id
+        self._begins = [] if begin in (None, tokenizer.eos_id) else [begin]
+
+    def examples(self, row: Mapping[str, Any]) -> list[Example]:
+        text = Columns(row, self._columns).text("text")
+        ids = [*self._begins, *self._tokenizer.encode(text), self._tokenizer.eos_id]
         return [causal(ids, [True] * len(ids))]
 
 
-def open_chat(config: TaskConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int) -> Task:
-    return ChatTask(Chat(tokenizer, read_template(data.tokenizer)))
+def open_chat(config: TaskConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int) -> ConversationTask:
+    return ConversationTask(
+        config, _chat(config, data, tokenizer, fallback="chatml"), lambda row: conversation(row, config.columns)
+    )
+
+
+def open_dialogue(config: TaskConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int) -> ConversationTask:
+    def read(row: Mapping[str, Any]) -> Conversation:
+        messages = alternating(Columns(row, config.columns).get("turns"))
+        return conversation({"messages": messages}, {})
+
+    return ConversationTask(config, _chat(config, data, tokenizer, fallback="plain"), read)
+
+
+def open_asked(config: TaskConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int) -> ConversationTask:
+    """Summarization and translation: one question about a column of the row, one column that answers it."""
+    asked_of, answer = {"summarization": ("document", "summary"), "translation": ("source", "target")}[config.kind]
+    languages = ("source_language", "target_language")
+    known = [asked_of, *(languages if config.kind == "translation" else ())]
+    if config.prompt is not None:
+        try:
+            named = [name for _, name, _, _ in string.Formatter().parse(config.prompt) if name is not None]
+        except ValueError as error:
+            raise MegalmError(f"task.prompt cannot be filled in ({error}): write {{{{ and }}}} for braces") from None
+        if wrong := sorted(set(named) - set(known)):
+            raise MegalmError(f"task.prompt names {{{wrong[0]}}}: {config.kind} knows {', '.join(known)}")
+
+    def read(row: Mapping[str, Any]) -> Conversation:
+        columns = Columns(row, config.columns)
+        values = {name: columns.text(name) for name in (asked_of, answer)}
+        given = {name: columns.get(name) for name in languages}
+        values |= {name: value for name, value in given.items() if isinstance(value, str)}
+        usual = BETWEEN_LANGUAGES if all(given.values()) else PROMPTS[config.kind]
+        try:
+            asked = (config.prompt or usual).format_map(values)
+        except KeyError as error:
+            raise Refused(f"no column {error.args[0]}") from None
+        said = {"user": asked, "assistant": values[answer]}
+        return Conversation([{"role": role, "content": content} for role, content in said.items()])
+
+    return ConversationTask(config, _chat(config, data, tokenizer, fallback="plain"), read)
+
+
+def open_continuation(
+    config: TaskConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int
+) -> ContinuationTask:
+    return ContinuationTask(config, tokenizer)
+
+
+def _chat(config: TaskConfig, data: DataConfig, tokenizer: Tokenizer, fallback: str) -> Chat:
+    """The template that the config asks for. fallback: what `auto` is without the tokenizer's own and ChatML's tokens.
+
+    Raises MegalmError if it cannot be had.
+    """
+    template = config.template
+    if template == "auto":
+        own = read_template(data.tokenizer)
+        template = own if own is not None else "chatml" if not lacking(tokenizer, "chatml") else fallback
+    elif template not in NAMED:
+        try:
+            template = Path(template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise MegalmError(
+                f"task.template {config.template} is neither {', '.join(NAMED)} nor auto nor a file that can be read "
+                f"({error}): correct it"
+            ) from None
+    return Chat(tokenizer, template)

@@ -1,29 +1,126 @@
-"""Conversations as ids: through the tokenizer's own chat template where it has one, else as ChatML.
+"""Conversations as ids: through a chat template, the tokenizer's own where it has one.
 
 A template is Jinja, as Hugging Face keeps it: chat_template.jinja, or chat_template in tokenizer_config.json. What it
-writes between messages may be control tokens; what is inside messages never is, whatever is typed there.
+writes between messages may be control tokens; what is inside messages never is, whatever is typed there. What the
+assistant says in a template's {% generation %} block begins with a token of its own, as it does when a model answers.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megalm.errors import MegalmError
 from megalm.tokenizer.base import Tokenizer
 
-CHATML = """{% for message in messages -%}
-<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+CHATML = """{% if tools -%}
+    {{ raise_exception("ChatML says nothing of tools, the template qwen does") }}
+{%- endif %}
+{% for message in messages -%}
+    {% if message.tool_calls %}
+        {{- raise_exception("ChatML says nothing of tool calls, the template qwen does") }}
+    {%- endif %}
+    {{- "<|im_start|>" + message.role + "\n" }}
+    {%- if message.role == "assistant" %}
+        {%- generation %}
+            {{- message.content + "<|im_end|>" }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message.content + "<|im_end|>" }}
+    {%- endif %}
+    {{- "\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<|im_start|>assistant\n" }}
+{%- endif %}"""
+"""OpenAI's chat markup."""
+LLAMA3 = """{{- bos_token }}
+{%- if tools %}
+    {{- raise_exception("Llama 3 says nothing of tools, the template qwen does") }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.tool_calls or message.role == "tool" %}
+        {{- raise_exception("Llama 3 says nothing of tool calls, the template qwen does") }}
+    {%- endif %}
+    {{- "<|start_header_id|>" + message.role + "<|end_header_id|>\n\n" }}
+    {%- if message.role == "assistant" %}
+        {%- generation %}
+            {{- message.content | trim + "<|eot_id|>" }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message.content | trim + "<|eot_id|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<|start_header_id|>assistant<|end_header_id|>\n\n" }}
+{%- endif %}"""
+"""Meta's Llama 3."""
+QWEN = """{%- set first = messages[0].content if messages[0].role == "system" else "" %}
+{%- if tools %}
+    {{- "<|im_start|>system\n" + (first + "\n\n" if first else "") }}
+    {{- "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n" }}
+    {{- "You are provided with function signatures within <tools></tools> XML tags:\n<tools>" }}
+    {%- for tool in tools %}
+        {{- "\n" + tool | tojson }}
+    {%- endfor %}
+    {{- "\n</tools>\n\nFor each function call, return a json object with function name and arguments within " }}
+    {{- '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": ' }}
+    {{- "<args-json-object>}\n</tool_call><|im_end|>\n" }}
+{%- elif messages[0].role == "system" %}
+    {{- "<|im_start|>system\n" + first + "<|im_end|>\n" }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == "assistant" %}
+        {{- "<|im_start|>assistant\n" }}
+        {%- generation %}
+            {%- if message.reasoning_content %}
+                {{- "<think>\n" + message.reasoning_content + "\n</think>\n\n" }}
+            {%- endif %}
+            {{- message.content }}
+            {%- for call in message.tool_calls or [] %}
+                {%- set function = call.function or call %}
+                {{- ("\n" if message.content or not loop.first else "") + '<tool_call>\n{"name": "' + function.name }}
+                {{- '", "arguments": ' }}
+                {{- function.arguments if function.arguments is string else function.arguments | tojson }}
+                {{- "}\n</tool_call>" }}
+            {%- endfor %}
+            {{- "<|im_end|>" }}
+        {%- endgeneration %}
+        {{- "\n" }}
+    {%- elif message.role == "tool" %}
+        {{- "<|im_start|>user" if loop.first or loop.previtem.role != "tool" else "" }}
+        {{- "\n<tool_response>\n" + message.content + "\n</tool_response>" }}
+        {{- "<|im_end|>\n" if loop.last or loop.nextitem.role != "tool" else "" }}
+    {%- elif message.role != "system" or not loop.first %}
+        {{- "<|im_start|>" + message.role + "\n" + message.content + "<|im_end|>\n" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<|im_start|>assistant\n" }}
+{%- endif %}"""
+"""ChatML with tools and reasoning, as Qwen 3 writes them, and no system message or thought that nobody gave."""
+PLAIN = """{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == "assistant" %}
+        {%- generation %}
+            {{- message.content + eos_token }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message.content + "\n\n" }}
+    {%- endif %}
+{%- endfor %}"""
+"""No markup: what is asked, an empty line, the answer, the end of a document."""
+NAMED = {"chatml": CHATML, "llama3": LLAMA3, "qwen": QWEN, "plain": PLAIN}
 
-Message = Mapping[str, str]
-"""role: system, user or assistant; content: text."""
+Message = Mapping[str, Any]
+"""role: system, user, assistant or tool; content: text; and what else a template reads (tool_calls, say)."""
 
 
 def read_template(path: str | Path) -> str | None:
@@ -44,62 +141,78 @@ def read_template(path: str | Path) -> str | None:
     return found
 
 
+def lacking(tokenizer: Tokenizer, template: str) -> list[str]:
+    """Control tokens of one of NAMED that a tokenizer does not have."""
+    return sorted(set(re.findall(r"<\|\w+\|>", NAMED[template])) - tokenizer.special_tokens.keys())
+
+
 class Chat:
     """Messages -> ids."""
 
     def __init__(self, tokenizer: Tokenizer, template: str | None = None) -> None:
-        """template: Jinja; by default ChatML.
+        """template: one of NAMED, or Jinja; by default ChatML.
 
-        Raises MegalmError if it is not Jinja, or if the tokenizer lacks the control tokens of ChatML.
+        Raises MegalmError if it is not Jinja, or if the tokenizer lacks the control tokens of a named one.
         """
         self.tokenizer = tokenizer
-        if template is None and not {"<|im_start|>", "<|im_end|>"} <= tokenizer.special_tokens.keys():
+        if template is None and lacking(tokenizer, "chatml"):
             raise MegalmError(
                 "the tokenizer has neither a chat template nor ChatML's control tokens <|im_start|> and <|im_end|>: "
                 "put chat_template.jinja beside it, or let the model continue a text (without --chat)"
             )
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        if template in NAMED and (missing := lacking(tokenizer, template)):
+            raise MegalmError(
+                f"the tokenizer lacks {', '.join(missing)}, which the chat template {template} writes: choose another "
+                "template, or a tokenizer with these control tokens"
+            )
+        self.template = NAMED.get(template or "chatml", template or "")
+        """Jinja."""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
         environment.globals["raise_exception"] = _refuse
-        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = _json
         try:
-            self._template = environment.from_string(CHATML if template is None else template)
+            self._template = environment.from_string(self.template)
         except TemplateError as error:
             raise MegalmError(f"the chat template is not Jinja ({error}): correct it, or remove it") from None
+        self._marks_answers = bool(re.search(r"{%[-+]?\s*generation\b", self.template))
+        self._controls = {token: i for token, i in tokenizer.special_tokens.items() if token}
+        longest_first = sorted(self._controls, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        by_id = {i: token for token, i in self._controls.items()}
+        ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        self._ends = {name: by_id.get(i, "") if i is not None else "" for name, i in ends.items()}
+        if template == "plain" and not self._ends["eos_token"]:
+            raise MegalmError(
+                "the chat template plain ends an answer with the tokenizer's end of a document, which is no special "
+                "token there: mark it as special in tokenizer.json, or choose another template"
+            )
 
-    def encode(self, messages: Sequence[Message], *, reply: bool = True) -> list[int]:
-        """Ids of a conversation. reply: up to where the assistant's next message begins.
+    def encode(
+        self, messages: Sequence[Message], *, reply: bool = True, tools: Sequence[Any] | None = None
+    ) -> list[int]:
+        """Ids of a conversation. reply: up to where the assistant's next message begins. tools: it may call.
 
         Raises MegalmError for what the template refuses (roles out of order, say).
         """
-        names = {token: i for token, i in self.tokenizer.special_tokens.items() if token}
-        control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
-        # A control token that was typed is broken up by a character that nobody typed, and made whole after the split.
-        typed = "".join(message["content"] for message in messages)
-        mark = next(chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in typed)
-        broken = [
-            {**message, "content": control.sub(lambda match: match[0][0] + mark + match[0][1:], message["content"])}
-            for message in messages
-        ]
-        specials = {"bos_token": self.tokenizer.bos_id, "eos_token": self.tokenizer.eos_id}
-        by_id = {i: token for token, i in names.items()}
-        try:
-            text = self._template.render(
-                messages=broken,
-                add_generation_prompt=reply,
-                **{name: by_id.get(i, "") if i is not None else "" for name, i in specials.items()},
-            )
-        except (TemplateError, TypeError) as error:
-            raise MegalmError(f"the chat template refuses these messages ({error}): change their roles") from None
-        ids: list[int] = []
-        start = 0
-        for match in control.finditer(text):
-            ids += self._text(text[start : match.start()], mark)
-            ids.append(names[match[0]])
-            start = match.end()
-        return ids + self._text(text[start:], mark)
+        writing = _Writing(self, messages, tools)
+        return writing.ids(writing.text(len(messages), reply))[0]
 
-    def _text(self, text: str, mark: str) -> list[int]:
-        return self.tokenizer.encode(text.replace(mark, "")) if text else []
+    def answers(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a whole conversation, and [start, stop) among them of each turn of the assistant, with its end.
+
+        A turn is what the template writes in a {% generation %} block. Without such blocks it is what an assistant's
+        message adds to what the template writes of those before it, as long as that stays as it was.
+
+        Raises MegalmError as encode does; and Unmarked if the turns cannot be told.
+        """
+        writing = _Writing(self, messages, tools)
+        text = writing.text(len(messages), reply=False)
+        return writing.ids(text if self._marks_answers else writing.marked(text, messages))
 
     @property
     def ends(self) -> set[int]:
@@ -111,5 +224,122 @@ class Chat:
         return set([i for i in behind if i in controls][:1])
 
 
+class Unmarked(MegalmError):
+    """A template that does not tell the assistant's tokens from others."""
+
+
+class _Writing:
+    """One conversation as a template writes it."""
+
+    def __init__(self, chat: Chat, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
+        self._chat = chat
+        given = [*map(dict, messages)], list(tools) if tools else None
+        # A control token that was typed is broken up by a character that nobody typed, and made whole after the
+        # split. Two others stand where an answer begins and ends.
+        typed = set().union(*map(set, _strings(given)))
+        self._mark, self._begin, self._end = [c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in typed][:3]
+        self._messages, self._tools = self._broken(given)
+
+    def _broken(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._chat._control.sub(lambda match: match[0][0] + self._mark + match[0][1:], value)
+        if isinstance(value, Mapping):
+            return {self._broken(key): self._broken(each) for key, each in value.items()}
+        return [self._broken(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+    def text(self, count: int, reply: bool) -> str:
+        """What the template makes of the first messages."""
+        try:
+            return self._chat._template.render(
+                messages=self._messages[:count],
+                tools=self._tools,
+                documents=None,
+                add_generation_prompt=reply,
+                **self._chat._ends,
+                **{_GENERATED: lambda caller: self._begin + caller() + self._end},
+            )
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise MegalmError(f"the chat template refuses these messages ({error}): change their roles") from None
+
+    def marked(self, text: str, messages: Sequence[Message]) -> str:
+        """`text` with marks around the assistant's turns, found by what each adds."""
+        pieces, done = [], 0
+        for number, message in enumerate(messages):
+            if message.get("role") != "assistant":
+                continue
+            before, behind = self.text(number, reply=True), self.text(number + 1, reply=False)
+            if not (text.startswith(behind) and behind.startswith(before) and len(before) >= done):
+                raise Unmarked(
+                    "the chat template has no {% generation %} blocks and writes a message otherwise when others "
+                    "follow, so the assistant's tokens cannot be told: mark them in the template, take task.template "
+                    "chatml, llama3 or qwen, or set task.train_on to all"
+                )
+            start, stop = len(before), len(behind)
+            # What follows the token that ends the turn is not the assistant's.
+            ends = [match.end() for match in self._chat._control.finditer(text, start, stop)]
+            if ends and not text[ends[-1] : stop].strip():
+                stop = ends[-1]
+            pieces += [text[done:start], self._begin, text[start:stop], self._end]
+            done = stop
+        return "".join([*pieces, text[done:]])
+
+    def ids(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text with marks, and where the marked turns are."""
+        ids: list[int] = []
+        turns, start = [], 0
+        for part in re.split(f"([{self._begin}{self._end}])", text):
+            if part == self._begin:
+                start = len(ids)
+            elif part == self._end:
+                turns.append((start, len(ids)))
+            else:
+                ids += self._encoded(part)
+        return ids, turns
+
+    def _encoded(self, text: str) -> list[int]:
+        chat, ids, done = self._chat, [], 0
+        for match in chat._control.finditer(text):
+            ids += self._typed(text[done : match.start()])
+            ids.append(chat._controls[match[0]])
+            done = match.end()
+        return ids + self._typed(text[done:])
+
+    def _typed(self, text: str) -> list[int]:
+        return self._chat.tokenizer.encode(text.replace(self._mark, "")) if text else []
+
+
+_GENERATED = "_generated"
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: hands what is between them to a variable of the rendering."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = nodes.Call(nodes.Name(_GENERATED, "load"), [], [], None, None)
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+
+def _strings(value: Any) -> list[str]:
+    """Every string in nested mappings and lists."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for each in pair for text in _strings(each)]
+    return [text for each in value for text in _strings(each)] if isinstance(value, (list, tuple)) else []
+
+
 def _refuse(message: str) -> None:
     raise TemplateError(message)
+
+
+def _json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """As transformers' templates expect it, unlike Jinja's own: nothing is escaped for HTML."""
+    # Escaped, the mark in a broken control token could not be taken out again.
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return text if not ensure_ascii else re.sub(r"[^\x00-\x7f\ufdd0-\ufdef]", lambda c: json.dumps(c[0])[1:-1], text)

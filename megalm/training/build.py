@@ -1,6 +1,6 @@
 """The composition root: the one place that joins the rooms into a run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,8 @@ import torch
 from megalm.checkpoint import folder as checkpoints
 from megalm.checkpoint.saver import Saver
 from megalm.config import dump
-from megalm.data.config import SourceConfig
-from megalm.data.examples import ExampleSet, Rows
+from megalm.data.examples import Rows
 from megalm.data.loader import Loader, held_out_batches, held_out_samples
-from megalm.data.packing import Windows
 from megalm.errors import MegalmError
 from megalm.models.decoder import LayerSpec, build_model, decoder
 from megalm.nn.attention import requirements
@@ -31,7 +29,6 @@ from megalm.parallel.groups import Groups
 from megalm.parallel.pipeline import pipeline_module
 from megalm.parallel.tensor import TensorParallelLayers
 from megalm.sft.heads import HeadTask
-from megalm.sft.open import keep_examples
 from megalm.sft.scoring import Scorer
 from megalm.training import resume
 from megalm.training.callbacks.anomalies import Anomalies
@@ -45,6 +42,7 @@ from megalm.training.lock import Lock
 from megalm.training.loop import tensors
 from megalm.training.plan import Plan
 from megalm.training.run import Run
+from megalm.training.samples import open_samples
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -141,7 +139,7 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         return found, manifest.data
 
     found, state = joined.decide(begin)
-    samples = open_samples(planned, joined)
+    samples = open_samples(config, planned.tokenizer, planned.task, decide=joined.decide)
     loader = Loader(
         samples,
         rank=joined.data_rank,
@@ -207,61 +205,13 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     return run
 
 
-def open_samples(planned: Plan, joined: Groups, sources: Sequence[SourceConfig] | None = None) -> Windows | Rows:
-    """The samples of a run, or of `sources` instead of those it trains on. All ranks call it.
-
-    Rank 0 turns rows into examples, once, in RUN/examples; the others map the same files.
-    """
-    config, tokenizer = planned.config, planned.tokenizer
-    data, task = config.data, planned.task
-    sources = data.sources if sources is None else sources
-    if task is None:
-        if config.model.head != "language_model":
-            raise MegalmError(f"model.head {config.model.head} needs labels, and shards have none: name a task")
-        return Windows(
-            sources,
-            tokenizer,
-            config.train.sequence_length,
-            attend_across_documents=data.attend_across_documents,
-            verify_checksums=data.verify_checksums,
-        )
-    assert config.task is not None
-    kept = partial(
-        keep_examples,
-        task,
-        config.task,
-        tokenizer=tokenizer,
-        sequence_length=config.train.sequence_length,
-        folder=Path(config.run.directory) / "examples",
-    )
-    folders = joined.decide(lambda: [kept(path=source.path) for source in sources])
-    return arrange(planned, [ExampleSet.load(folder) for folder in folders], sources)
-
-
-def arrange(planned: Plan, sets: Sequence[ExampleSet], sources: Sequence[SourceConfig]) -> Rows:
-    """The rows of a fine-tuning run, from the examples of each source."""
-    config, task = planned.config, planned.task
-    assert config.task is not None and task is not None
-    return Rows(
-        sets,
-        [source.weight for source in sources],
-        sequence_length=config.train.sequence_length,
-        pad_id=planned.tokenizer.pad_id,
-        arrangement=config.task.arrangement,
-        global_batch_size=config.train.global_batch_size,
-        facts={"tokenizer": planned.tokenizer.fingerprint, **task.facts},
-        fixed_length=config.parallel.pipeline > 1,
-        multiple=config.parallel.tensor if config.parallel.sequence_parallel else 1,
-    )
-
-
 def _held_out(planned: Plan, joined: Groups) -> tuple[dict[str, list[engine.MicroBatch]], dict[str, Scorer]]:
     """This rank's micro-batches of every held-out corpus, by the shortest end of its path that tells it apart; and what
     scores them, where the task has a head of its own."""
     data, sequences = planned.config.data, planned.config.evaluate.sequences
     batches, scorers = {}, {}
     for name, source in zip(_short_names([source.path for source in data.held_out]), data.held_out, strict=True):
-        samples = open_samples(planned, joined, [source])
+        samples = open_samples(planned.config, planned.tokenizer, planned.task, [source], joined.decide)
         found = held_out_batches(
             samples,
             rank=joined.data_rank,

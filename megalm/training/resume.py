@@ -26,7 +26,21 @@ from megalm.training.run import Run
 BYTES_PER_PARAMETER = 12
 """fp32 master weight and two moments."""
 
-TASK_KEYS = ("kind", "columns", "template", "train_on", "arrangement", "long_examples", "labels", "multi_label")
+TASK_KEYS = (
+    "kind",
+    "columns",
+    "template",
+    "prompt",
+    "train_on",
+    "arrangement",
+    "long_examples",
+    "labels",
+    "multi_label",
+    "tag_at",
+    "markers",
+    "stride",
+    "unanswerable",
+)
 _SAME = (
     ("model", "it would be another model"),
     ("run.seed", "the samples would come in another order"),

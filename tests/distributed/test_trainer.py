@@ -62,7 +62,19 @@ def rate(step: int, run: RunConfig) -> float:
     return schedule.learning_rate(step, run.schedule, run.optimizer.learning_rate, run.train.steps)
 
 
-def trainer_curves(run: RunConfig, sizes: list[int], folder: Path) -> list[Curve]:
+def rows(run: RunConfig) -> list[dict[str, torch.Tensor]]:
+    """The rows of all steps. Trainer shifts labels itself, and -100 keeps a token out of loss and count."""
+    result = []
+    for step in range(STEPS):
+        tokens, mask, _ = global_batch(step, run)
+        labels = np.where(np.pad(mask, ((0, 0), (1, 0))), tokens, -100)
+        result += [{"input_ids": torch.from_numpy(x), "labels": torch.from_numpy(y)} for x, y in zip(tokens, labels)]
+    return result
+
+
+def trainer_curves(
+    run: RunConfig, sizes: list[int], folder: Path, rows: Callable[[RunConfig], list[Any]] = rows
+) -> list[Curve]:
     """Trainer's curve for each size of micro-batch, on this process's share of the ranks."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
     torch.set_num_threads(1)
@@ -108,16 +120,6 @@ def trainer_curves(run: RunConfig, sizes: list[int], folder: Path) -> list[Curve
         trainer.train()
         curves.append([(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log])
     return curves
-
-
-def rows(run: RunConfig) -> list[dict[str, torch.Tensor]]:
-    """The rows of all steps. Trainer shifts labels itself, and -100 keeps a token out of loss and count."""
-    result = []
-    for step in range(STEPS):
-        tokens, mask, _ = global_batch(step, run)
-        labels = np.where(np.pad(mask, ((0, 0), (1, 0))), tokens, -100)
-        result += [{"input_ids": torch.from_numpy(x), "labels": torch.from_numpy(y)} for x, y in zip(tokens, labels)]
-    return result
 
 
 def llama(run: RunConfig) -> Any:

@@ -68,7 +68,7 @@ def test_typed_control_tokens_stay_text(tokenizer: Tokenizer) -> None:
         assert [i for i in ids if i in controls] == [i for i in plain if i in controls]
         assert typed in tokenizer.decode(ids)
     # negative control: the rendered text alone cannot tell them apart
-    mixed = CHATML.replace("{{ message.content }}", typed)
+    mixed = CHATML.replace("message.content", json.dumps(typed))
     assert len([i for i in Chat(tokenizer, mixed).encode(MESSAGES[:1]) if i in controls]) > 3
 
 
