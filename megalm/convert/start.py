@@ -26,7 +26,8 @@ def open_start(path: Path, config: ModelConfig, tokenizer: Tokenizer, allowed: C
     theirs, ours = maths(source.config.model_dump()), maths(config.model_dump())
     if source.config.head == "language_model" != config.head:
         theirs |= {key: ours[key] for key in ("head", "num_labels", "tie_word_embeddings")}  # the head is a fresh one
-    for key in (key for key in ModelConfig.model_fields if key in ours and theirs[key] != ours[key]):
+    different = [key for key in ModelConfig.model_fields if key in ours and theirs[key] != ours[key]]
+    for key in sorted(different, key=lambda key: key != "head"):  # the others may follow from it
         name = f"model.{key}"
         if name in allowed:
             continue

@@ -120,11 +120,11 @@ class RelationExtraction(TextClassification):
 
     def shown(self, row: Mapping[str, Any]) -> str:
         text, marks = self.text(row, "text"), self.config.markers
-        subject, other = (row.get(self.config.columns.get(what, what)) for what in ("subject", "object"))
+        subject, other = map(self.of(row).get, ("subject", "object"))
         if subject is None and other is None:
             return text
         try:
-            (a, b), (c, d) = subject, other  # type: ignore[misc]
+            (a, b), (c, d) = subject, other
             valid = 0 <= a < b <= len(text) and 0 <= c < d <= len(text) and (b <= c or d <= a)
         except (TypeError, ValueError):
             valid = False

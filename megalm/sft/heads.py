@@ -12,6 +12,7 @@ from megalm.data.examples import Example
 from megalm.errors import MegalmError
 from megalm.nn.config import HeadKind
 from megalm.sft.config import TaskConfig
+from megalm.sft.messages import Columns
 from megalm.sft.read import read_rows, row_files
 from megalm.sft.report import Prediction
 from megalm.sft.task import Refused
@@ -73,19 +74,20 @@ class HeadTask(ABC):
     def score(self, said: Sequence[Prediction]) -> dict[str, float]:
         """Metric -> value, of at least one prediction."""
 
+    def of(self, row: Mapping[str, Any]) -> Columns:
+        return Columns(row, {**self.columns, **self.config.columns})
+
     def value(self, row: Mapping[str, Any], what: str) -> Any:
         """What a row holds as `what`, under the name that its column has. Raises Refused if it has none."""
-        column = self.config.columns.get(what, self.columns[what])
-        if row.get(column) is None:
-            raise Refused(f"no column {column}")
-        return row[column]
+        columns = self.of(row)
+        found = columns.get(what)
+        if found is None:
+            raise Refused(f"no column {columns.name(what)}")
+        return found
 
     def text(self, row: Mapping[str, Any], what: str) -> str:
         """A text that is not empty."""
-        found = self.value(row, what)
-        if not isinstance(found, str) or not found.strip():
-            raise Refused(f"an empty {what}" if isinstance(found, str) else f"a {what} that is no text")
-        return found
+        return self.of(row).text(what)
 
     def begin(self) -> list[int]:
         """Ids that begin a document, as in pretraining."""

@@ -52,8 +52,8 @@ class QuestionAnswering(HeadTask):
 
     def answers(self, row: Mapping[str, Any], context: str) -> list[tuple[int, int, str]]:
         """(begin, end, text) of the accepted answers, in characters of the context."""
-        column = self.config.columns.get("answers", "answers")
-        texts, starts = _texts_and_starts([] if row.get(column) is None else row[column])
+        given = self.of(row).get("answers")
+        texts, starts = _texts_and_starts([] if given is None else given)
         found = []
         for text, start in zip(texts, starts, strict=True):
             if start is None or context[start : start + len(text)] != text:

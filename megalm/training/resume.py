@@ -38,6 +38,10 @@ TASK_KEYS = (
     "labels",
     "multi_label",
     "augment",
+    "tag_at",
+    "markers",
+    "stride",
+    "unanswerable",
 )
 _SAME = (
     ("model", "it would be another model"),

@@ -49,7 +49,7 @@ def open_samples(
     synonyms = augment.synonyms if augment else None
     if decide is None:
         sets = [
-            read_examples(task, source.path, length, settings.long_examples, synonyms=synonyms) for source in sources
+            read_examples(task, source.path, length, settings.long_examples, variants=synonyms) for source in sources
         ]
     else:
         kept = decide(

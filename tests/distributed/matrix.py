@@ -141,6 +141,9 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         "model": {"num_key_value_heads": 8},
         "tuning": {"method": "dora", "rank": 2, "targets": ["query", "value", "down"]},
     },
+    "classes": {"model": {"head": "sequence_classification", "num_labels": 5, "tie_word_embeddings": True}},
+    "tags": {"model": {"head": "token_classification", "num_labels": 7}, "data": APART},
+    "spans": {"model": {"head": "question_answering", "num_labels": 2}, "data": APART},
 }
 """Sets of features, each like a model that exists where there is one. Clipping bites in all but one of them."""
 

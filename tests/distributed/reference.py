@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megalm.data.batch import Batch
 from megalm.data.loader import Loader
 from megalm.data.packing import Windows
+from megalm.models.config import ModelConfig
 from megalm.models.decoder import LayerList, build_model
 from megalm.models.tuning import freeze, rate_scale, tuned_decoder
 from megalm.nn.init import spec_of
@@ -66,7 +67,7 @@ def batches(config: RunConfig, rank: int, size: int) -> Iterator[list[Batch]]:
         shuffle=data.shuffle,
     ) as loader:
         for _ in range(train.steps):
-            yield [masked(batch, train.global_batch_size) for batch in next(loader)[0]]
+            yield [labelled(masked(batch, train.global_batch_size), config.model) for batch in next(loader)[0]]
 
 
 def masked(batch: Batch, global_batch_size: int) -> Batch:
@@ -82,6 +83,48 @@ def masked(batch: Batch, global_batch_size: int) -> Batch:
         if (step == 0 and place // 8 == 1) or (step == 1 and place % 2 == 1):
             mask[row] = 0.0
     return Batch(batch.tokens, batch.labels, mask, batch.segment_ids, batch.positions, batch.sample_ids)
+
+
+def labelled(batch: Batch, model: ModelConfig) -> Batch:
+    """The batch with labels of the model's head, made of the next ids: any number of classes, a class, or spans."""
+    labels, mask = batch.labels, batch.loss_mask
+    if model.head == "sequence_classification":
+        labels = labels[..., None] >> np.arange(model.num_labels or 0) & 1
+    elif model.head == "token_classification":
+        labels = labels % model.num_labels
+    elif model.head == "question_answering":
+        labels, mask = np.zeros((*labels.shape, 3), np.int64), np.zeros_like(mask)
+        for row, segments in enumerate(batch.segment_ids):
+            for segment in np.unique(segments):
+                first, length = int((segments == segment).argmax()), int((segments == segment).sum())
+                begin = int(batch.labels[row, first]) % length
+                end = begin + int(batch.tokens[row, first]) % (length - begin)
+                labels[row, first] = begin, end, length
+                mask[row, first] = batch.loss_mask[row, first]
+    return Batch(batch.tokens, labels, mask, batch.segment_ids, batch.positions, batch.sample_ids)
+
+
+def _part_loss(config: RunConfig, layers: Layers, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Sum over positions of weight x loss, by each head's definition."""
+    model = config.model
+    if model.head == "question_answering":
+        said = logits.view(*weights.shape, 2)
+        losses = [torch.zeros((), dtype=logits.dtype)]
+        for row, first in weights.nonzero().tolist():
+            begin, end, length = labels[row, first].tolist()
+            here = torch.log_softmax(said[row, first : first + length], dim=0)
+            losses.append(-weights[row, first] * (here[begin, 0] + here[end, 1]) / 2)
+        return torch.stack(losses).sum() + 0 * logits.sum()
+    if model.head == "sequence_classification":
+        truth = labels.flatten(0, 1).to(logits.dtype)
+        each = -(truth * F.logsigmoid(logits) + (1 - truth) * F.logsigmoid(-logits)).mean(-1)
+    elif model.head == "token_classification":
+        each = F.cross_entropy(logits, labels.flatten(), reduction="none")
+    else:
+        each = layers.cross_entropy(logits, labels.flatten())
+        if model.z_loss:
+            each = each + model.z_loss * layers.logsumexp(logits).square()
+    return (each * weights.flatten()).sum()
 
 
 def sample_contents(batch: Batch) -> dict[int, bytes]:
@@ -165,10 +208,7 @@ def train(
         loss = torch.zeros((), dtype=wide)
         for part in rows.split(micro_batch_size):
             logits = model(tuple(x[part] for x in inputs))
-            losses = layers.cross_entropy(logits, labels[part].flatten())
-            if config.model.z_loss:
-                losses = losses + config.model.z_loss * layers.logsumexp(logits).square()
-            part_loss = (losses * weights[part].flatten()).sum()
+            part_loss = _part_loss(config, layers, logits, labels[part], weights[part])
             model.zero_grad()
             (part_loss * scale).backward()
             loss += part_loss.detach()
