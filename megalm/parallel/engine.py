@@ -332,17 +332,18 @@ class _PipelineEngine(Engine):
         own, or some are frozen, stages differ in how many groups they have: the others would wait for ever.
         """
         optimizer = self.engine.optimizer
-        missing = int(self.groups.maximum(len(optimizer.bit16_groups))) - len(optimizer.bit16_groups)
-        of_own_groups = optimizer.scaled_global_norm
+        most = int(self.groups.maximum(len(optimizer.bit16_groups)))
 
-        def norm_of_none() -> Tensor:
+        def norm_of(group: int) -> Tensor:
+            there = group < len(optimizer.bit16_groups)
+            parameters = optimizer.params_in_partition[group] if there else []
             if optimizer.cpu_offload:
-                return optimizer.complete_grad_norm_calculation_for_cpu_offload([])
-            return optimizer.get_grad_norm_direct([], [])
+                return optimizer.complete_grad_norm_calculation_for_cpu_offload(parameters)
+            return optimizer.get_grad_norm_direct(optimizer.averaged_gradients[group] if there else [], parameters)
 
         def scaled_global_norm(norm_type: int = 2) -> Tensor:
-            norms = [of_own_groups(norm_type), *(norm_of_none() for _ in range(missing))]
-            return combine_grad_norm_groups(norms, norm_type=norm_type)
+            # One list of the same sums on every stage, combined at once: its norm is the same to the last bit.
+            return combine_grad_norm_groups([norm_of(group) for group in range(most)], norm_type=norm_type)
 
         optimizer.scaled_global_norm = scaled_global_norm
 
