@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megalm.checkpoint import manifest as manifests
 from megalm.data.batch import Batch
 from megalm.data.examples import Example, ExampleSet, Rows
 from megalm.data.loader import Loader
@@ -18,6 +19,7 @@ from megalm.models.decoder import build_model, decoder
 from megalm.nn.layers import Layers
 from megalm.parallel.proved import features
 from megalm.tokenizer.base import Tokenizer
+from megalm.training import resume
 from megalm.training.config import RunConfig
 from megalm.training.loop import tensors
 from megalm.training.plan import plan
@@ -252,10 +254,12 @@ def test_a_killed_run_goes_on_at_another_layout(
     said = (tmp_path / "broken" / "said.txt").read_text()
     assert " of 25 rows, " in said and "cut to 128 tokens: " in said
 
+    manifest = manifests.read(tmp_path / "broken" / "checkpoints" / "step-8")
     for key, value in (("template", "qwen"), ("train_on", "all"), ("arrangement", "padded")):
-        other = broken | {"task": task["task"] | {key: value}, "train": broken["train"] | {"steps": 9}}
-        with pytest.raises(RankFailed, match=f"was trained with task.{key}="):
-            run_ranks(1, train_run, other | {"parallel": {}})
+        other = broken | {"task": task["task"] | {key: value}}
+        with pytest.raises(MegalmError, match=f"was trained with task.{key}="):
+            resume.check(manifest, plan(RunConfig.model_validate(other), 4), "step-8")
+    resume.check(manifest, plan(RunConfig.model_validate(broken), 4), "step-8")
 
 
 def _skip_a_step(run: Any) -> None:
