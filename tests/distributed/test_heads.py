@@ -207,8 +207,8 @@ def trainer_losses(run: RunConfig, folder: Path, decay: float) -> list[float]:
     settings = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=TRAINER_STEPS,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
+        # Over several micro-batches transformers 5.23 adds up the means of this head's losses.
+        per_device_train_batch_size=run.train.global_batch_size,
         use_cpu=True,
         optim="adamw_torch",
         lr_scheduler_type="constant",
