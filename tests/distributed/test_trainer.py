@@ -128,7 +128,7 @@ def llama(run: RunConfig) -> Any:
 
     from megalm.models.decoder import build_model, decoder
     from megalm.nn.layers import Layers
-    from tests.models.test_decoder_parity import LLAMA_NAMES
+    from tests.models.test_decoder_parity import theirs_from_ours
 
     ours = run.model
     model = transformers.LlamaForCausalLM(
@@ -143,13 +143,8 @@ def llama(run: RunConfig) -> Any:
             use_cache=False,
         )
     )
-    weights = {}
-    for name, weight in build_model(decoder(ours, Layers(), seed=0), run.run.seed).named_weights().items():
-        for mine, theirs in LLAMA_NAMES.items():
-            name = name.replace(mine, theirs)
-        padded = weight.shape[0] == ours.padded_vocab_size()
-        weights[name] = weight.detach()[: ours.vocab_size if padded else None]
-    model.load_state_dict(weights)
+    weights = build_model(decoder(ours, Layers(), seed=0), run.run.seed).named_weights()
+    model.load_state_dict(theirs_from_ours({name: w.detach() for name, w in weights.items()}, ours, "llama"))
     return model
 
 

@@ -222,7 +222,7 @@ def test_held_out_bytes_do_not_depend_on_the_layout(settings: Callable[..., dict
         parallel = {"parallel": {"tensor": tensor}}
         planned = plan(RunConfig.model_validate(tree | parallel), data * tensor)
         ranks = [Joined(planned.layout.coordinates(rank)[1]) for rank in range(data * tensor)]
-        batches = [_held_out(planned, rank) for rank in ranks]  # type: ignore[arg-type]
+        batches = [_held_out(planned, rank)[0] for rank in ranks]  # type: ignore[arg-type]
         for rank, held_out in zip(ranks, batches):
             _held_out_bytes(planned, rank, held_out)  # type: ignore[arg-type]
         everyone = [rank.given for rank in ranks]
@@ -247,6 +247,9 @@ class Joined:
     def gather(self, item: Any) -> list[Any]:
         self.given = item
         return self.others or [item]
+
+    def decide(self, make: Callable[[], Any]) -> Any:
+        return make()
 
 
 def _bytes(tokenizer: Tokenizer, ids: np.ndarray) -> bytes:

@@ -139,7 +139,7 @@ def test_selection_needs_something_held_out(settings: Settings) -> None:
 )
 def test_evaluations_by_passes_over_the_data(between: float, expected: list[int]) -> None:
     """16 samples a step: 40 are passed in step 3, 80 in step 5, 120 in step 8."""
-    evaluation, run = Evaluation(0, {}, between), StandIn()
+    evaluation, run = Evaluation(0, {}, between=between), StandIn()
     due = []
     for run.step in range(1, 101):
         if evaluation._due(run, {"samples": 16 * run.step}):  # type: ignore[arg-type]

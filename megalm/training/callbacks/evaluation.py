@@ -19,11 +19,15 @@ class Evaluation(Callback):
     """
 
     def __init__(
-        self, every: int, held_out_bytes: dict[str, int], scorers: Mapping[str, Scorer], between: float = 0.0
+        self,
+        every: int,
+        held_out_bytes: dict[str, int],
+        scorers: Mapping[str, Scorer] | None = None,
+        between: float = 0.0,
     ) -> None:
         """held_out_bytes: of the text that the corpus's evaluated tokens stand for. scorers: by corpus. between:
         samples from one evaluation to the next, in place of `every` steps."""
-        self._scorers = scorers
+        self._scorers = scorers or {}
         self._every = every
         self._between = between
         self._bytes = held_out_bytes
@@ -40,7 +44,7 @@ class Evaluation(Callback):
                 record["bits_per_byte"][name] = loss * tokens / math.log(2) / self._bytes[name]
             if name in self._scorers:
                 record["scores"][name] = self._score(run, name)
-        if run.is_main and self._said:
+        if self._said and run.is_main:
             task = next(iter(self._scorers.values())).task
             write_predictions(run.directory, Predictions(run.step, task.config.kind, task.labels, self._said))
         for key in ("bits_per_byte", "scores"):
