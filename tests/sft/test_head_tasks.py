@@ -7,10 +7,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megalm.config import load as load_config
+from megalm.data.config import DataConfig, SourceConfig
+from megalm.errors import MegalmError
+from megalm.sft.config import TaskConfig
+from megalm.sft.heads import HeadTask
+from megalm.sft.open import open_task
+from megalm.sft.read import read_examples
 from megalm.sft.report import read_predictions
+from megalm.sft.span import best_span
+from megalm.sft.task import Refused
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load
 from megalm.tokenizer.train import train as train_tokenizer
@@ -153,3 +162,160 @@ def test_a_model_learns_each_task(name: str, tmp_path: Path, tokenizer_path: Pat
     assert kept is not None and (kept.step, kept.kind) == (record["step"], tree["task"]["kind"])
     [said] = kept.corpora.values()
     assert len(said) > 30 and all(each.file == tree["data"]["held_out"][0]["path"] and each.row for each in said)
+
+
+# ---- rows to examples, logits to answers ----
+
+
+def task_of(tokenizer: Tokenizer, folder: Path, rows: Iterable[Row], length: int = 64, **settings: Any) -> HeadTask:
+    path = write(folder / "rows.jsonl", rows)
+    task = open_task(TaskConfig(**settings), DataConfig(sources=[SourceConfig(path=str(path))]), tokenizer, length)
+    assert isinstance(task, HeadTask)
+    return task
+
+
+def certain(task: HeadTask, row: Row) -> list[np.ndarray]:
+    """Logits of a model that says what each example's labels say, and something else everywhere else."""
+    found = []
+    for example in task.examples(row):
+        logits = np.zeros((len(example.ids), len(task.labels)), np.float32)
+        if task.head == "question_answering":
+            begin, end, length = example.labels[0]
+            assert length == len(example.ids)
+            logits[begin, 0] = logits[end, 1] = 5.0
+        else:
+            for place in np.flatnonzero(example.weights):
+                truth = example.labels[place]
+                logits[place] = 4.0 * truth - 2.0 if truth.ndim else 3.0 * np.eye(len(task.labels))[truth]
+        found.append(logits)
+    return found
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "text_classification": {},
+    "pair_classification": {},
+    "token_classification": {},
+    "relation_extraction": {"none_label": "Other"},
+    "question_answering": {},
+    "text_classification, several labels": {"multi_label": True},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_row_says_comes_back_from_a_model_that_says_it(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    make, *_ = TASKS[name]
+    rows = rows_of(make, 40, 3)
+    task = task_of(tokenizer, tmp_path, rows, length=40, kind=name.partition(",")[0], **KINDS[name])
+    answers = [task.predict(row, certain(task, row)) for row in rows]
+    scores = task.score(answers)
+    assert set(scores.values()) == {1.0}, scores
+    wrong = [task.predict(row, [-logits for logits in certain(task, row)]) for row in rows]
+    assert min(task.score(wrong).values()) < 0.5
+
+
+def test_a_long_context_is_read_in_windows_that_share_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    context = " ".join(f"一二 {number}" for number in range(60)) + " 答案在这里。" + " x" * 30
+    row = {"question": "哪里?", "context": context, "answers": [{"text": "答案在这里"}]}
+    task = task_of(tokenizer, tmp_path, [row], length=48, kind="question_answering", stride=20)
+    examples = task.examples(row)
+    assert len(examples) > 5
+    assert max(len(example.ids) for example in examples) == 48
+    holding = [example for example in examples if example.labels[0, 1] > 0]
+    assert 1 <= len(holding) < len(examples)
+    body = [
+        example.ids[-(len(example.ids) - examples[0].ids.tolist().index(tokenizer.eos_id) - 1) :]
+        for example in examples
+    ]
+    assert all(one[-20:].tolist() == two[:20].tolist() for one, two in zip(body, body[1:]))
+    answer = task.predict(row, certain(task, row))
+    assert (answer.reference, answer.prediction) == (["答案在这里"], "答案在这里")
+    # Windows that were not evaluated are no answer.
+    some = [logits if example.labels[0, 1] else logits[:0] for logits, example in zip(certain(task, row), examples)]
+    assert task.predict(row, some).prediction == "答案在这里"
+
+
+def test_a_question_may_have_no_answer(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    row = {"question": "which?", "context": "the cat was red", "answers": {"text": [], "answer_start": []}}
+    allowed = task_of(tokenizer, tmp_path, [row], kind="question_answering", unanswerable=True)
+    [example] = allowed.examples(row)
+    assert example.labels[0, :2].tolist() == [0, 0]
+    assert allowed.predict(row, certain(allowed, row)).prediction == ""
+    with pytest.raises(Refused, match="no answer"):
+        task_of(tokenizer, tmp_path, [row], kind="question_answering").examples(row)
+
+
+def test_the_best_span_begins_before_it_ends_and_is_not_too_long() -> None:
+    logits = np.zeros((8, 2), np.float32)
+    logits[6, 0], logits[3, 1] = 9.0, 9.0  # would end before it begins
+    logits[2, 0], logits[7, 1] = 4.0, 5.0
+    assert best_span(logits, 1, longest=8)[1:] == (5, 6)
+    logits[6, 0] = 0.0
+    assert best_span(logits, 1, longest=3)[1:] == (1, 2)
+    score, *_ = best_span(logits, 1, longest=3)
+    assert score == 13.0
+
+
+def test_cut_examples_keep_what_they_are_about(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    long = "number " * 50
+    pair = {"sentence1": long, "sentence2": "it is red", "label": "a"}
+    [example] = task_of(tokenizer, tmp_path, [pair], kind="pair_classification", labels=["a", "b"]).examples(pair)
+    cut = example.cut(32)
+    assert len(cut.ids) == 32 and cut.weights.tolist() == [0] * 31 + [1]
+    assert tokenizer.decode(cut.ids[cut.ids.tolist().index(tokenizer.eos_id) + 1 :]) == "it is red"
+
+    relation = {"text": f"{long}<e1>cat</e1> eats <e2>dog</e2> {long}", "label": "a"}
+    [example] = task_of(tokenizer, tmp_path, [relation], kind="relation_extraction", labels=["a", "b"]).examples(
+        relation
+    )
+    marked = tokenizer.decode(example.cut(48).ids)
+    assert "<e1>cat</e1> eats <e2>dog</e2>" in marked
+    assert len(example.cut(48).ids) == 48
+
+    words = {"tokens": ["red", "cat"] * 20, "tags": ["O", "B-A"] * 20}
+    task = task_of(tokenizer, tmp_path, [words], kind="token_classification")
+    [logits] = certain(task, words)
+    said = task.predict(words, [logits[:20]]).prediction
+    assert len(said) == 40 and "B-A" in said[:20] and set(said[20:]) == {"O"}
+
+
+def test_marks_are_put_around_entities_and_may_be_control_tokens(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    plain = {"text": "a <e1>cat</e1> eats a <e2>dog</e2>", "label": "a"}
+    given = {"text": "a cat eats a dog", "subject": [2, 5], "object": [13, 16], "label": "a"}
+    task = task_of(tokenizer, tmp_path, [plain], kind="relation_extraction", labels=["a", "b"])
+    assert task.examples(plain)[0].ids.tolist() == task.examples(given)[0].ids.tolist()
+    control = next(iter(tokenizer.special_tokens))
+    row = {"text": f"{control}cat</e1> eats <e2>dog</e2>", "label": "a"}
+    settings = {"kind": "relation_extraction", "labels": ["a", "b"], "markers": [control, "</e1>", "<e2>", "</e2>"]}
+    assert tokenizer.special_tokens[control] in task_of(tokenizer, tmp_path, [row], **settings).examples(row)[0].ids
+    for wrong in ({"text": "a cat", "label": "a"}, given | {"object": [3, 4]}, given | {"object": [13, 99]}):
+        with pytest.raises(Refused):
+            task.examples(wrong)
+
+
+def test_labels_are_found_or_given_and_unknown_ones_are_refused_with_their_line(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    rows = [{"text": "one", "label": 10}, {"text": "two", "label": 9}, {"text": "three", "label": "x"}]
+    task = task_of(tokenizer, tmp_path, rows, kind="text_classification")
+    assert task.labels == ["x", "9", "10"]
+    assert task.facts["labels"] == task.labels
+    held_out = write(tmp_path / "held_out.jsonl", [{"text": "one", "label": 9}, {"text": "four", "label": "new"}])
+    with pytest.raises(MegalmError, match=r"held_out.jsonl line 2: the label 'new' is none of"):
+        read_examples(task, held_out, 64, "truncate")
+    named = task_of(tokenizer, tmp_path, rows, kind="text_classification", labels=["no", "yes"])
+    assert named.label(1) == named.label("yes") == 1
+    with pytest.raises(MegalmError, match="1 classes"):
+        task_of(tokenizer, tmp_path, rows[:1], kind="text_classification")
+    with pytest.raises(MegalmError, match="task.columns names txt"):
+        task_of(tokenizer, tmp_path, rows, kind="text_classification", columns={"txt": "text"})
+
+
+def test_squads_articles_are_taken_apart(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    question = {"question": "who?", "answers": [{"text": "cat", "answer_start": 4}], "id": "1"}
+    article = {"title": "t", "paragraphs": [{"context": "the cat was red", "qas": [question, question | {"id": "2"}]}]}
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"version": "1", "data": [article]}))
+    config = TaskConfig(kind="question_answering")
+    task = open_task(config, DataConfig(sources=[SourceConfig(path=str(path))]), tokenizer, 64)
+    found = read_examples(task, path, 64, "truncate")
+    assert [found.origin(number)[1] for number in range(len(found))] == [1, 2]
