@@ -1,23 +1,14 @@
 #!/usr/bin/env bash
-# Evaluate a checkpoint with Slurm: one task per node, one rank per GPU (or $RANKS_PER_NODE of them).
+# Evaluate a checkpoint with Slurm: one agent per node, one rank per GPU (or $RANKS_PER_NODE of them).
 #
 #   sbatch --nodes 1 --gpus-per-node 8 slurm/evaluate.sh --checkpoint RUN [--tensor 2] --tasks hellaswag --data DIR ...
 #
-# Takes the arguments of tools/evaluate_model.py. Partition, account and time limit go on sbatch's command line too.
+# Takes the arguments of tools/evaluate_model.py. Partition, account and time go on sbatch's command line too, or into a
+# site profile (docs/launch.md).
 #SBATCH --job-name=megalm-evaluate
 #SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
-set -euo pipefail
-: "${1:?usage: sbatch [options] slurm/evaluate.sh --checkpoint RUN --tasks TASK ... [--data DIR] [--tensor N]}"
-
-export MASTER_ADDR MASTER_PORT PYTHONPATH
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-
-srun --kill-on-bad-exit=1 "${PYTHON:-python}" -m torch.distributed.run \
-  --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$ranks" \
-  --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "$SLURM_JOB_ID" \
-  tools/evaluate_model.py "$@"
+exec "${PYTHON:-python}" -m launch job tools/evaluate_model.py "$@"
