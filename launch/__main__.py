@@ -61,6 +61,13 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     logs.add_argument("-f", "--follow", action="store_true")
     logs.add_argument("-n", "--lines", type=int, default=50)
 
+    report = verbs.add_parser("report", help="one HTML page: curves, events, ranks")
+    report.add_argument("run", type=Path, metavar="RUN")
+    report.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html")
+    watch = verbs.add_parser("watch", help="a live view in the terminal")
+    watch.add_argument("run", type=Path, metavar="RUN")
+    verbs.add_parser("doctor", help="what this machine's install has, lacks, and has of the wrong kind")
+
     job = verbs.add_parser("job", help="what the scripts in slurm/ call inside a job")
     job.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ARGUMENT ...")
     agent = verbs.add_parser("agent", help="what the supervisor starts on every node")
@@ -146,6 +153,23 @@ def main() -> int:
         from launch import agent
 
         return agent.serve(given.join, given.name or os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+    if given.verb == "doctor":
+        from launch import doctor
+
+        findings = doctor.examine()
+        print("\n".join(doctor.report(findings)))
+        return int(any(each.state in (doctor.MISSING, doctor.WRONG) for each in findings))
+    if given.verb == "report":
+        from launch import report
+
+        output = given.output or given.run / "report.html"
+        report.write(given.run, output)
+        print(f"report: {output}")
+        return 0
+    if given.verb == "watch":
+        from launch.watch import watch
+
+        return watch(given.run)
     from launch import slurm, status
 
     if given.verb == "status":

@@ -13,6 +13,8 @@ _WAITING = re.compile(
     r'File "[^"]*(?:torch/distributed/|deepspeed/comm/|pipe/p2p|core/tensor_parallel/mappings)'
     r'[^"]*", line \d+ in (\w+)'
 )
+_RECEIVING = "pipeline receive"
+"""Notes that begin so are of a rank that waits for another, whatever its stack shows."""
 _FRAMES = 12
 """Frames of a stack that are looked at: a rank waits if one of its innermost ones is in a library's communication."""
 
@@ -72,17 +74,15 @@ def diagnose(places: Mapping[int, Note], stacks: Mapping[int, str], nodes: Mappi
     """
     now = time.time()
     waits = {rank: waiting(stacks.get(rank, "")) for rank in places}
+    busy = [rank for rank in places if not waits[rank] and not places[rank]["at"].startswith(_RECEIVING)]
 
     def line(rank: int) -> str:
         note, function = places[rank], waits[rank]
-        doing = f"waits for other ranks in {function}, at: {note['at']}" if function else f"is at: {note['at']}"
-        if note["at"].startswith("waits"):
-            doing = note["at"]
-        return (
-            f"rank {rank} ({nodes.get(rank, '?')}) {doing}, step {note['step'] + 1}, since {now - note['since']:.0f} s"
-        )
+        where = note["at"] + (f" ({function})" if function else "")
+        does = "is in" if rank in busy else "waits in"
+        since = f"since {now - note['since']:.0f} s"
+        return f"rank {rank} ({nodes.get(rank, '?')}) {does} {where}, step {note['step'] + 1}, {since}"
 
-    busy = [rank for rank in places if not waits[rank] and not places[rank]["at"].startswith("waits")]
     # Of several that are at work, all but one usually wait for something that no stack shows.
     order = sorted(busy or places, key=lambda rank: (places[rank]["step"], places[rank]["since"], rank))
     rest = sorted(set(places) - set(order))

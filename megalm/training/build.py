@@ -30,18 +30,20 @@ from megalm.parallel.groups import Groups
 from megalm.parallel.pipeline import pipeline_module
 from megalm.parallel.tensor import TensorParallelLayers
 from megalm.tokenizer.base import Tokenizer
-from megalm.training import resume
+from megalm.training import preflight, resume
 from megalm.training.callbacks.anomalies import Anomalies
 from megalm.training.callbacks.checkpoints import Checkpoints
 from megalm.training.callbacks.evaluation import Evaluation
 from megalm.training.callbacks.garbage import GarbageCollection
 from megalm.training.callbacks.metrics import Metrics
 from megalm.training.callbacks.signals import Signals
+from megalm.training.callbacks.stragglers import Stragglers
 from megalm.training.config import RunConfig
 from megalm.training.lock import Lock
 from megalm.training.loop import tensors
 from megalm.training.plan import Plan
 from megalm.training.run import Run
+from megalm.training.whereabouts import Whereabouts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -112,14 +114,16 @@ def build_engine(
     return built, specs
 
 
-def build(planned: Plan, kind: devices.Kind) -> Run:
+def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = None) -> Run:
     """Everything a run needs, with its weights and data at the checkpoint it continues from or at step 0.
 
-    kind: what parallel.device chose, before this module was imported.
+    kind: what parallel.device chose, before this module was imported. whereabouts: where a watchdog looks.
 
     Raises MegalmError for files that are missing or do not belong together.
     """
     config = planned.config
+    whereabouts = whereabouts or Whereabouts()
+    whereabouts.note("joining the other ranks")
     device = devices.local(kind)
     devices.require_precision(config.train.precision)
     if config.train.deterministic:
@@ -138,6 +142,8 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         return found, manifest.data
 
     found, state = joined.decide(begin)
+    fitness = preflight.examine(planned, joined, device, whereabouts) if config.run.preflight else None
+    whereabouts.note("building the model and opening the data")
     loader = Loader(
         windows(config, planned.tokenizer),
         rank=joined.data_rank,
@@ -162,6 +168,8 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     names = [spec.name for spec in specs]
     held_out = _held_out(planned, joined)
     facts = _facts(planned, device)
+    if fitness:
+        facts["preflight"] = fitness.summary
     _require_same_kernels(joined, facts)
     run = Run(
         planned,
@@ -178,20 +186,26 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         held_out=held_out,
         loader=loader,
         facts=facts,
+        whereabouts=whereabouts,
         # In this order each step: judge, listen, measure, write down, save.
         callbacks=[
             anomalies,
             Signals(),
+            Stragglers(logging.stragglers_every),
             Evaluation(config.evaluate.every, _held_out_bytes(planned, joined, held_out)),
             Metrics(logging, device),
             Checkpoints(config.checkpoint.every),
             GarbageCollection(logging.garbage_collection_every),
         ],
     )
+    built.note = whereabouts.note
     if found:
+        whereabouts.note(f"reading {found.name}")
         resume.restore(run, found)
     elif source:
         resume.begin(run, source)
+    for warning in fitness.warnings if fitness else []:
+        run.say(f"warning: {warning}")
     if loader.restarted:
         run.say(f"the samples start anew from the first: {loader.restarted} changed, which is allowed")
     if run.is_main:
