@@ -60,9 +60,9 @@ def supervise(tmp_path: Path) -> Callable[..., int]:
 def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
     """The command as a user types it."""
 
-    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "launch", *arguments]
-        environment = python_path(dict(os.environ)) | variables
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        environment = python_path(dict(os.environ))
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
 
     return run

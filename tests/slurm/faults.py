@@ -220,33 +220,29 @@ Blow = tuple[str, int]
 """A fault, and the step after which it strikes."""
 
 
-def strike(run: Experiment, job: str, fault: str, moment: int) -> Callable[[], Result]:
-    """Hit `run` once it has done `moment` steps and wait until it is past that step. What is returned is called when
-    the run is done, since steps that come again replace their records."""
+def strike(run: Experiment, job: str, fault: str, moment: int) -> Result:
+    """Hit `run` once it has done `moment` steps, and wait until it is a step further than it was."""
     run.wait_for_step(moment, job)
-    hit, step, starts = time.time(), run.records()[-1]["step"], len(run.events("started"))
+    hit, starts = time.time(), len(run.events("started"))
     FAULTS[fault](run, job)
     deadline = time.time() + PATIENCE
     while len(run.events("started")) == starts and not run.events("done") and time.time() < deadline:
         time.sleep(0.2)
+    step = run.records()[-1]["step"]  # a run that is told to stop finishes its step first
     if fault == "power cut":
         run.cluster.up(run.cut)
     started = next((event["time"] for event in run.events("started")[starts:]), hit)
     run.wait_for_step(step + 1, job)
-
-    def result() -> Result:
-        later = next(record["time"] for record in run.records() if record["step"] == step + 1)
-        return Result(fault, step, round(started - hit, 1), round(later - hit, 1))
-
-    return result
+    further = next(record["time"] for record in run.records() if record["step"] == step + 1)
+    return Result(fault, step, round(started - hit, 1), round(further - hit, 1))
 
 
 def survive(run: Experiment, whole: Experiment, blows: list[Blow]) -> tuple[list[Result], str]:
     """One run, hit by several faults in turn: what each cost, and what differs in the end ("" if nothing)."""
     job = run.submit()[0]
-    struck = [strike(run, job, *blow) for blow in blows]
+    results = [strike(run, job, *blow) for blow in blows]
     run.wait_for_end(job)
-    return [each() for each in struck], run.difference(whole)
+    return results, run.difference(whole)
 
 
 def tree(corpus: Path, directory: Path, **sections: dict[str, Any]) -> dict[str, Any]:
