@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Note = dict[str, Any]
-"""What a rank noted: n (how many notes so far), step, since (seconds since 1970), at (words)."""
+"""What a rank noted: n (how many notes so far), step (done; None before the loop), since (seconds since 1970), at
+(words)."""
 
 _WAITING = re.compile(
     r'File "[^"]*(?:torch/distributed/|deepspeed/comm/|pipe/p2p|core/tensor_parallel/mappings)'
@@ -32,7 +33,7 @@ class Watchdog:
         if note and note != self.places.get(rank):
             self.places[rank] = note
             self._moved = time.monotonic()
-            if self._first_step is None:
+            if self._first_step is None and note["step"] is not None:
                 self._first_step = note["step"]
 
     def gone(self, rank: int) -> None:
@@ -43,7 +44,7 @@ class Watchdog:
     @property
     def step(self) -> int:
         """The step that the farthest rank is in."""
-        return max((note["step"] for note in self.places.values()), default=0)
+        return max((note["step"] or 0 for note in self.places.values()), default=0)
 
     @property
     def has_stepped(self) -> bool:
@@ -81,10 +82,11 @@ def diagnose(places: Mapping[int, Note], stacks: Mapping[int, str], nodes: Mappi
         where = note["at"] + (f" ({function})" if function else "")
         does = "is in" if rank in busy else "waits in"
         since = f"since {now - note['since']:.0f} s"
-        return f"rank {rank} ({nodes.get(rank, '?')}) {does} {where}, step {note['step'] + 1}, {since}"
+        step = "before the first step" if note["step"] is None else f"step {note['step'] + 1}"
+        return f"rank {rank} ({nodes.get(rank, '?')}) {does} {where}, {step}, {since}"
 
     # Of several that are at work, all but one usually wait for something that no stack shows.
-    order = sorted(busy or places, key=lambda rank: (places[rank]["step"], places[rank]["since"], rank))
+    order = sorted(busy or places, key=lambda rank: (places[rank]["step"] or 0, places[rank]["since"], rank))
     rest = sorted(set(places) - set(order))
     return Diagnosis([line(rank) for rank in [*order, *rest]], order[0] if busy else None)
 

@@ -17,8 +17,8 @@ class Whereabouts:
     def __init__(self, path: str | None = None):
         self._number = 0
         self._file: int | None = None
-        self.step = 0
-        """Steps done; noted with the next note."""
+        self.step: int | None = None
+        """Steps done, noted with the next note; None before the training loop."""
         if path:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
             # Kept open: faulthandler writes to its number, whatever the interpreter is stuck in.

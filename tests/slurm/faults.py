@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ class Experiment:
     nodes: int = 2
     ranks_per_node: int = 1
     site: tuple[str, ...] = ()
-    plant: dict[str, Any] | None = None
+    plant: list[dict[str, Any]] = field(default_factory=list)
+    """See sitecustomize.py."""
     cut: str = ""
     """The node that lost its power last."""
 
@@ -108,7 +109,7 @@ class Experiment:
             PYTHON=sys.executable,
             PYTHONPATH=f"{HERE}:{REPOSITORY}",
             MEGALM_RECORD=str(self.ids),
-            MEGALM_PLANT=json.dumps(self.plant or {}),
+            MEGALM_PLANT=json.dumps(self.plant),
         )
         return re.findall(r"submitted job (\d+)", printed)
 

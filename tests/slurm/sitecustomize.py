@@ -1,8 +1,8 @@
 """Python runs this at the start of every process that has this folder on its path: faults planted in training ranks.
 
 MEGALM_RECORD names a folder: every rank notes there which samples each of its steps takes, by number.
-MEGALM_PLANT is a fault, as JSON: {"rank": 3, "samples": 192, "do": "hang" | "kill" | "raise" | "slow", "once": FILE}.
-It happens where the rank takes the samples up to that number (slow: those of every later step too), and if `once` is
+MEGALM_PLANT is a list of faults, as JSON: {"rank": 3, "samples": 192, "do": "hang" | "kill" | "slow", "once": FILE}.
+One happens where the rank takes the samples up to that number (slow: those of every later step too), and if `once` is
 given, in the first process that comes there only.
 """
 
@@ -17,7 +17,7 @@ def plant() -> None:
     from megalm.data.loader import Loader
 
     rank = int(os.environ["RANK"])
-    fault = json.loads(os.environ.get("MEGALM_PLANT", "{}"))
+    faults = json.loads(os.environ.get("MEGALM_PLANT", "[]"))
     folder = os.environ.get("MEGALM_RECORD")
     right = Loader.__next__
 
@@ -28,10 +28,10 @@ def plant() -> None:
             ids = [int(number) for batch in batches for number in batch.sample_ids]
             with open(os.path.join(folder, f"rank-{rank}.jsonl"), "a") as file:
                 file.write(json.dumps({"samples": samples, "ids": ids}) + "\n")
-        if fault.get("rank") == rank and (
-            samples == fault["samples"] or (samples > fault["samples"] and fault["do"] == "slow")
-        ):
-            happen(fault)
+        for fault in faults:
+            late = samples > fault["samples"] and fault["do"] == "slow"
+            if fault["rank"] == rank and (late or samples == fault["samples"]):
+                happen(fault)
         return batches, state
 
     Loader.__next__ = following  # type: ignore[method-assign]
@@ -49,8 +49,6 @@ def happen(fault: dict) -> None:  # type: ignore[type-arg]
         time.sleep(fault["seconds"])
     elif fault["do"] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif fault["do"] == "raise":
-        raise RuntimeError("planted error")
 
 
 if "RANK" in os.environ and any(part.endswith("train.py") for part in sys.orig_argv):
