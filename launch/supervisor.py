@@ -118,7 +118,7 @@ class Supervisor:
         self._listener = socket.create_server((address, port), backlog=1024)
         self._strangers: list[Wire] = []
         self._nodes: dict[str, Node] = {}
-        self._signal = 0
+        self._signal, self._since, self._hurry = 0, 0.0, False
         self._attempt = 0
         self.wants_other_nodes = False
 
@@ -137,20 +137,25 @@ class Supervisor:
         return sorted(name for name, count in self._failures.items() if count >= self._settings.exclude_after)
 
     def stop(self, number: int) -> None:
-        """Let the ranks finish their step, save and end. May be called from a signal handler, and repeatedly."""
-        self._signal = self._signal or number
+        """Let the ranks finish their step, save and end. May be called from a signal handler, and repeatedly; a
+        Ctrl-C that is repeated after some seconds ends them at once."""
+        if self._signal and number == signal.SIGINT and time.monotonic() - self._since > _FOLLOW:
+            self._hurry = True
+        elif not self._signal:
+            self._signal, self._since = number, time.monotonic()
 
     def run(self, start_agents: Callable[[], subprocess.Popen[bytes]]) -> int:
         """Returns an exit code. start_agents: starts the agents of all nodes; called again if they ended."""
-        agents = start_agents()
+        agents, expected = start_agents(), set(self._expected)
         fruitless, before = 0, newest_step(self._target.folder)
         try:
             while True:
                 if self._signal:
                     return self._stopped()
                 if agents.poll() is not None:
-                    agents = start_agents()
-                nodes = self._gather(agents)
+                    agents, expected = start_agents(), set(self._expected)
+                nodes = self._gather(agents, expected)
+                expected = set(self._nodes)  # those that leave while the agents run do not come back
                 if self._signal:
                     return self._stopped()
                 verdict, first = self._run_once(nodes) if nodes else (Verdict.FAILED, self._nobody())
@@ -244,11 +249,12 @@ class Supervisor:
         if self._nodes.get(node.name) is node:
             del self._nodes[node.name]
 
-    def _gather(self, agents: subprocess.Popen[bytes]) -> list[Node]:
-        """The nodes of the next attempt: of those that joined and are not excluded, as many as the config can use."""
+    def _gather(self, agents: subprocess.Popen[bytes], expected: set[str]) -> list[Node]:
+        """The nodes of the next attempt, once all that are `expected` have joined or had time to: those that are not
+        excluded, as many as the config can use."""
         deadline = time.monotonic() + self._settings.join_within
         while time.monotonic() < deadline and agents.poll() is None and not self._signal:
-            if set(self._expected) <= self._nodes.keys():
+            if expected <= self._nodes.keys():
                 break
             self.turn()
         missing = [name for name in self._expected if name not in self._nodes]
@@ -352,7 +358,7 @@ class Supervisor:
             if watchdog.hangs and deadline == float("inf"):
                 exits.append(self._hang(watchdog, home, errors))
                 deadline = time.monotonic()
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or self._hurry:
                 for node in self._nodes.values():
                     node.wire.send(kill=True)
                 deadline = float("inf")

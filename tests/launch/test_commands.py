@@ -11,7 +11,7 @@ import yaml
 
 from launch import slurm
 from launch.machines import read_hostfile
-from launch.site import of_environment
+from launch.site import Site, Supervision, of_environment
 from launch.snapshot import environment as without_secrets
 from launch.target import newest_step, of_command
 from megalm.errors import MegalmError
@@ -131,6 +131,12 @@ def test_profile_of_the_environment(tmp_path: Path) -> None:
     (tmp_path / "site.yaml").write_text("supervise: {hang_after: 5.0}\n")
     site = of_environment({"MEGALM_SITE": str(tmp_path / "site.yaml"), "MEGALM_SITE_SET": "srun=[-v]\nnodes=2"})
     assert (site.supervise.hang_after, site.srun, site.nodes) == (5.0, ["-v"], 2)
+
+
+def test_every_key_of_a_profile_is_described() -> None:
+    text = (REPOSITORY / "docs" / "launch.md").read_text()
+    keys = [*Site.model_fields, *(f"supervise.{key}" for key in Supervision.model_fields)]
+    assert not [key for key in keys if f"`{key}`" not in text and key != "supervise"]
 
 
 def test_secrets_stay_out_of_the_snapshot() -> None:

@@ -144,8 +144,11 @@ def test_a_hang_is_told_in_plain_words(supervise: Supervise, tmp_path: Path, cap
 from megalm.training.whereabouts import Whereabouts
 where = Whereabouts.of_environment()
 where.note("importing libraries")
-where.step = 1
+where.step = 0
+where.note("data loading")
 time.sleep(1.5)
+where.step = 1
+where.note("data loading")
 if first:
     where.note("data loading" if rank == 3 else "pipeline receive of micro-batch 2 from rank 3")
     time.sleep(600)

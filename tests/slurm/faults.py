@@ -40,7 +40,6 @@ class Cluster:
             "SLURM_LAB_STATE": str(self.state),
             "SLURM_LAB_NODES": str(self.nodes),
             "SLURM_LAB_GPUS": "0",
-            "SLURM_LAB_CONF": "SlurmctldParameters=preempt_send_user_signal",
         }
         done = subprocess.run(
             ["bash", str(HERE / name), *arguments], env=os.environ | settings, capture_output=True, text=True
