@@ -1,7 +1,8 @@
 """What runs on every node: starts ranks when the supervisor says so, tells how they are and how they ended.
 
 A rank's standard error goes to a file of its own, so that the log is not eight hundred times the same traceback; rank
-0's is copied to the log as it comes. Ranks never outlive their agent, and an agent never outlives its supervisor.
+0's is copied to the log as it comes, but for the traceback it may die with: which rank died first, and of what, is the
+supervisor's to say. Ranks never outlive their agent, and an agent never outlives its supervisor.
 """
 
 import ctypes
@@ -29,6 +30,9 @@ WHEREABOUTS = "MEGALM_WHEREABOUTS"
 """Environment variable with the file in which a rank notes what it is doing (megalm/training/whereabouts.py)."""
 HEARTBEAT = 1.0
 _TURN = 0.05
+_TRACEBACK = b"Traceback (most recent call last)"
+_HOLD = 30.0
+"""Seconds after which a traceback that rank 0 wrote and survived is shown."""
 _WORDS = 60
 """Lines of a rank's standard error that are told when it has died."""
 
@@ -83,6 +87,7 @@ class Agent:
         self._running: dict[int, Rank] = {}
         self._local = Path(tempfile.mkdtemp(prefix="megalm-"))
         self._first: IO[bytes] | None = None
+        self._held, self._held_since = b"", 0.0
         self._stacks_due = 0.0
 
     def run(self) -> int:
@@ -145,17 +150,20 @@ class Agent:
                 )
             self._ranks.append(Rank(number, process, path, whereabouts))
         self._running = {rank.number: rank for rank in self._ranks}
-        self._first = self._ranks[0].errors.open("rb") if first == 0 else None
+        self._first, self._held = (self._ranks[0].errors.open("rb") if first == 0 else None), b""
 
     def _look(self) -> None:
         """Copy what rank 0 said, tell of ranks that ended and of stacks that were asked for."""
         for rank in [rank for rank in self._running.values() if rank.process.poll() is not None]:
-            self._copy()
+            if rank.number == 0:
+                self._copy(ended=rank.process.returncode)
             del self._running[rank.number]
             _kill_group(rank)  # what it may have left behind
-            self._wire.send(exit=rank.number, code=rank.process.returncode, time=time.time(), words=_words(rank.errors))
-            if not rank.errors.stat().st_size:
-                rank.errors.unlink()
+            words = _words(rank.errors)
+            if not words:
+                rank.errors.unlink(missing_ok=True)
+            # The last thing to do with its files: the supervisor may now remove them.
+            self._wire.send(exit=rank.number, code=rank.process.returncode, time=time.time(), words=words)
             if not self._running:
                 self._wire.send(idle=True, port=free_port())
         self._copy()
@@ -164,9 +172,22 @@ class Agent:
             told = {r.number: r.stacks.read_text(errors="replace") for r in self._running.values() if r.stacks.exists()}
             self._wire.send(told_stacks=told)
 
-    def _copy(self) -> None:
-        if self._first and (said := self._first.read()):
-            sys.stderr.buffer.write(said)
+    def _copy(self, ended: int | None = None) -> None:
+        """Show what rank 0 has said since; from a traceback on, only if it survives that."""
+        if self._first is None:
+            return
+        said = self._held + self._first.read()
+        shown, traceback, rest = said.partition(_TRACEBACK)
+        if not self._held:
+            self._held_since = time.monotonic()
+        if ended == 0 or (ended is None and time.monotonic() - self._held_since > _HOLD):
+            shown, traceback, rest = said, b"", b""
+        if ended is not None:
+            self._first.close()
+            self._first = None
+        self._held = traceback + rest
+        if shown:
+            sys.stderr.buffer.write(shown)
             sys.stderr.buffer.flush()
 
     def _kill(self) -> None:
@@ -198,6 +219,6 @@ def _read(path: Path) -> Any:
 
 def _words(path: Path) -> str:
     """The last thing a rank said: its traceback if there is one, else its last lines."""
-    lines = path.read_text(errors="replace").rstrip().splitlines()
+    lines = path.read_text(errors="replace").rstrip().splitlines() if path.exists() else []
     tracebacks = [n for n, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
     return "\n".join(lines[tracebacks[-1] if tracebacks else 0 :][-_WORDS:])

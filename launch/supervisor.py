@@ -332,7 +332,8 @@ class Supervisor:
         watchdog = Watchdog(self._settings.start_within, self._settings.hang_after)
         exits: list[Exit] = []
         codes: dict[int, int] = {}
-        passed_on, deadline, stepped = False, float("inf"), False
+        # deadline: when those that are left are killed, once something went wrong.
+        passed_on, deadline, stepped, killed = False, float("inf"), False, False
         while any(node.ranks for node in nodes):
             if self._signal and not passed_on:
                 passed_on = True
@@ -358,10 +359,10 @@ class Supervisor:
             if watchdog.hangs and deadline == float("inf"):
                 exits.append(self._hang(watchdog, home, errors))
                 deadline = time.monotonic()
-            if time.monotonic() > deadline or self._hurry:
+            if not killed and (time.monotonic() > deadline or self._hurry):
+                killed = True
                 for node in self._nodes.values():
                     node.wire.send(kill=True)
-                deadline = float("inf")
         return self._judge(exits, codes, size, errors, watchdog)
 
     def _judge(
