@@ -44,8 +44,10 @@ def test_the_first_error_is_on_top_and_the_run_restarts(
     text = """
     mark = os.environ["MARK"]
     if not os.path.exists(mark + "second"):
+        open(mark + "ready" + str(rank), "w").close()
+        while not all(os.path.exists(mark + "ready" + str(other)) for other in range(4)):
+            time.sleep(0.01)
         if rank == 2:
-            time.sleep(0.3)
             open(mark + "second", "w").close()
             raise ValueError("the true reason")
         while not os.path.exists(mark + "second"):
