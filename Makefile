@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sft test test-gpu test-matrix lint format
+.PHONY: help setup demo demo-sft test test-gpu test-matrix test-slurm lint format
 
 # An environment is active if its activate script ran (conda's base environment is the system, not an environment).
 ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
@@ -77,7 +77,7 @@ demo-sft: setup ## fine-tune the demo's model to classify and to chat, beside ba
 	@echo && echo "After:"
 	@$(PYTHON) tools/generate.py $(SFT)/chat --chat --prompt "$(QUESTION)" --max-new-tokens 60 --temperature 0
 
-test test-gpu test-matrix: export OMP_NUM_THREADS ?= 1
+test test-gpu test-matrix test-slurm: export OMP_NUM_THREADS ?= 1
 
 test: setup ## run every test this machine can run
 	$(PYTHON) -m pytest
@@ -89,6 +89,10 @@ test-matrix: setup ## hold every layout against one process, and write what is p
 	$(PYTHON) -m tests.distributed.matrix
 	$(PYTHON) tools/write_support_docs.py
 	MEGALM_ALL_PAIRS=1 $(PYTHON) -m pytest tests/training/test_another_layout.py
+
+test-slurm: setup ## hit runs on a real Slurm cluster, started here, by every fault (half an hour on two cores)
+	MEGALM_SLURM=1 $(PYTHON) -m pytest tests/slurm
+	$(PYTHON) -m tests.slurm.faults --runs 5 --output runs/faults.jsonl
 
 lint: setup ## check style, types and that the written docs are current
 	$(PYTHON) -m ruff check .

@@ -48,6 +48,10 @@ def main() -> int:
     except MegalmError as error:
         error.echo = os.environ.get("LOCAL_RANK", "0") != "0"  # the first rank of this machine finds the same
         raise
+    from megalm.training.whereabouts import Whereabouts
+
+    whereabouts = Whereabouts.of_environment()
+    whereabouts.note("importing libraries")
     # From here on imports take seconds, and the device decides what they find.
     from megalm.parallel import device
 
@@ -56,7 +60,7 @@ def main() -> int:
     from megalm.training.build import build
     from megalm.training.loop import train
 
-    code = train(build(planned, kind))
+    code = train(build(planned, kind, whereabouts))
     groups.destroy()
     return code
 

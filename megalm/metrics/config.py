@@ -31,5 +31,7 @@ class LoggingConfig(Config):
     """Write RUN/tensorboard."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
+    stragglers_every: NonNegativeInt = 100
+    """Steps between comparisons of the ranks' own work, which name a slow one; the last step compares too. 0: never."""
     garbage_collection_every: NonNegativeInt = 100
     """Steps between Python garbage collections, so that ranks pause together; 0 leaves Python's own."""

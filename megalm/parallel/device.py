@@ -2,8 +2,9 @@
 
 import logging
 import os
+import time
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -33,6 +34,37 @@ def choose(wanted: Literal["auto", "cpu", "cuda"]) -> Kind:
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return device
+
+
+class Stopwatch:
+    """Seconds that this device works between `with` and its end. A GPU is not waited for until they are asked for."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._laps: list[tuple[Any, Any]] = []
+        self._started: Any = None
+
+    def __enter__(self) -> None:
+        self._started = self._now()
+
+    def __exit__(self, *exception: object) -> None:
+        self._laps.append((self._started, self._now()))
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def take(self) -> float:
+        """The sum since it was last taken."""
+        laps, self._laps = self._laps, []
+        if not self._cuda:
+            return float(sum(end - start for start, end in laps))
+        if laps:
+            laps[-1][1].synchronize()
+        return float(sum(start.elapsed_time(end) for start, end in laps)) / 1000
 
 
 def require_precision(precision: str) -> None:

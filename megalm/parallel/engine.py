@@ -6,6 +6,7 @@ sample_ids, which is [batch], and the labels of some heads (nn.loss), which are 
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from megalm.nn.adapter import MAGNITUDE, A, B, adapter_of
 from megalm.nn.gate import gates
+from megalm.parallel.device import Stopwatch
 from megalm.parallel.groups import Groups, quiet
 from megalm.parallel.state import WEIGHT, Piece, State, pieces
 
@@ -118,6 +121,9 @@ class Engine(ABC):
         else:
             guard.norm = lambda: float(engine.optimizer._global_grad_norm)
         self._norm = math.nan
+        self._work = Stopwatch(device)
+        self.note: Callable[[str], None] = lambda at: None
+        """Told what this rank does from now on, for who watches it."""
         self.state = State(engine)
         self.num_parameters = self._count()
         self._gates = gates(self.module)
@@ -136,14 +142,20 @@ class Engine(ABC):
         for gate in self._gates:
             gate.is_open = not head_only
         self._guard.open()
+        self.note("counting the tokens of the step")
         weighted, tokens = self._weigh(micro_batches, len(micro_batches))
         loss = self._train(weighted)
         norm = self._norm if self._own_norm else float(self.engine.get_global_grad_norm())
         applied = self.engine.was_step_applied() and not self._guard.declined
         return StepResult(loss, norm, applied, tokens)
 
+    def own_seconds(self) -> float:
+        """What this rank's forward passes took since it was last asked: work that waits for no data-parallel rank."""
+        return self._work.take()
+
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
         """Mean loss over the tokens of `micro_batches` on all ranks, in nats, and their number."""
+        self.note("evaluation")
         padded = self._padded(micro_batches)
         weighted, tokens = self._weigh(padded, len(padded))
         return self._forward(weighted), tokens
@@ -278,9 +290,14 @@ class _ZeroEngine(Engine):
     def _train(self, micro_batches: list[MicroBatch]) -> float:
         self.engine.train()
         total = torch.zeros((), device=self.device)
-        for inputs, targets in micro_batches:
-            loss = self._loss(self.engine(inputs), targets)
+        for number, (inputs, targets) in enumerate(micro_batches, start=1):
+            self.note(f"forward pass of micro-batch {number}")
+            with self._work:
+                loss = self._loss(self.engine(inputs), targets)
+            self.note(f"backward pass of micro-batch {number}")
             self.engine.backward(loss)
+            if number == len(micro_batches):
+                self.note("update of the weights")
             self.engine.step()
             total += loss.detach()
         return self._mean(total, len(micro_batches))
@@ -298,17 +315,55 @@ class _ZeroEngine(Engine):
         return total.item() / (count * self.groups.layout.data)
 
 
+_FROM_BEFORE, _FROM_AFTER = schedule.RecvActivation, schedule.RecvGrad
+_INSTRUCTIONS = {
+    schedule.LoadMicroBatch: "loading of micro-batch {}",
+    schedule.ForwardPass: "forward pass of micro-batch {}",
+    schedule.BackwardPass: "backward pass of micro-batch {}",
+    schedule.RecvActivation: "pipeline receive of micro-batch {}",
+    schedule.SendActivation: "pipeline send of micro-batch {}",
+    schedule.RecvGrad: "pipeline receive of the gradient of micro-batch {}",
+    schedule.SendGrad: "pipeline send of the gradient of micro-batch {}",
+    schedule.ReduceGrads: "sum of the gradients over ranks",
+    schedule.ReduceTiedGrads: "sum of tied gradients over stages",
+    schedule.OptimizerStep: "update of the weights",
+}
+"""What a pipeline does, in words; {} is the micro-batch, counted by the instructions of its kind."""
+
+
 class _PipelineEngine(Engine):
     """DeepSpeed's PipelineEngine or DualPipeVEngine: several stages, ZeRO 0 or 1."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         ours = {ReduceTiedGrads: lambda engine: self._reduce_tied_gradients()}
-        self.engine._INSTRUCTION_MAP = self.engine._INSTRUCTION_MAP | ours
+        instructions = self.engine._INSTRUCTION_MAP | ours
+        self._begun: Counter[type] = Counter()
+        self.engine._INSTRUCTION_MAP = {kind: self._noted(kind, right) for kind, right in instructions.items()}
         if hasattr(self.engine.optimizer, "scaled_global_norm"):
             self._take_part_in_all_norms()
 
+    def _noted(self, kind: type, right: Callable[..., Any]) -> Callable[..., Any]:
+        """An instruction of the schedule that says which it is before it begins."""
+        stages, stage = self.groups.layout.pipeline, self.groups.stage
+        _, data, tensor = self.groups.layout.coordinates(self.groups.rank)
+        words = _INSTRUCTIONS.get(kind, kind.__name__)
+        peer = {_FROM_BEFORE: stage - 1, _FROM_AFTER: stage + 1}.get(kind)
+        if peer is not None and not self._is_dualpipev:  # whose stages send in both directions
+            words += f" from rank {self.groups.layout.rank(peer % stages, data, tensor)}"
+
+        def instruction(engine: Any, *arguments: Any, **options: Any) -> Any:
+            self._begun[kind] += 1
+            self.note(words.format(self._begun[kind]))
+            if kind is not schedule.ForwardPass:
+                return right(engine, *arguments, **options)
+            with self._work:
+                return right(engine, *arguments, **options)
+
+        return instruction
+
     def _train(self, micro_batches: list[MicroBatch]) -> float:
+        self._begun.clear()
         return self.engine.train_batch(iter(micro_batches)).item()
 
     def _forward(self, micro_batches: list[MicroBatch]) -> float:

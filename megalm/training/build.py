@@ -32,7 +32,7 @@ from megalm.parallel.pipeline import pipeline_module
 from megalm.parallel.tensor import TensorParallelLayers
 from megalm.sft.heads import HeadTask
 from megalm.sft.scoring import Scorer
-from megalm.training import resume
+from megalm.training import preflight, resume
 from megalm.training.callbacks.anomalies import Anomalies
 from megalm.training.callbacks.checkpoints import Checkpoints
 from megalm.training.callbacks.evaluation import Evaluation
@@ -40,12 +40,14 @@ from megalm.training.callbacks.garbage import GarbageCollection
 from megalm.training.callbacks.metrics import Metrics
 from megalm.training.callbacks.selection import Selection
 from megalm.training.callbacks.signals import Signals
+from megalm.training.callbacks.stragglers import Stragglers
 from megalm.training.config import RunConfig
 from megalm.training.lock import Lock
 from megalm.training.loop import tensors
 from megalm.training.plan import Plan
 from megalm.training.run import Run
 from megalm.training.samples import open_samples
+from megalm.training.whereabouts import Whereabouts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -144,14 +146,16 @@ def _require_work_for_all(joined: Groups, trains: bool) -> None:
         )
 
 
-def build(planned: Plan, kind: devices.Kind) -> Run:
+def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = None) -> Run:
     """Everything a run needs, with its weights and data at the checkpoint it continues from or at step 0.
 
-    kind: what parallel.device chose, before this module was imported.
+    kind: what parallel.device chose, before this module was imported. whereabouts: where a watchdog looks.
 
     Raises MegalmError for files that are missing or do not belong together.
     """
     config = planned.config
+    whereabouts = whereabouts or Whereabouts()
+    whereabouts.note("joining the other ranks")
     device = devices.local(kind)
     devices.require_precision(config.train.precision)
     if config.train.deterministic:
@@ -170,6 +174,8 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         return found, manifest.data
 
     found, state = joined.decide(begin)
+    fitness = preflight.examine(planned, joined, device, whereabouts) if config.run.preflight else None
+    whereabouts.note("building the model and opening the data")
     samples = open_samples(config, planned.tokenizer, planned.task, decide=joined.decide)
     loader = Loader(
         samples,
@@ -195,6 +201,8 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
     names = [spec.name for spec in specs]
     held_out, scorers = _held_out(planned, joined)
     facts = _facts(planned, device)
+    if fitness:
+        facts["preflight"] = fitness.summary
     _require_same_kernels(joined, facts)
     run = Run(
         planned,
@@ -211,10 +219,12 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
         held_out=held_out,
         loader=loader,
         facts=facts,
+        whereabouts=whereabouts,
         # In this order each step: judge, listen, measure, select, write down, save.
         callbacks=[
             anomalies,
             Signals(),
+            Stragglers(logging.stragglers_every),
             Evaluation(
                 config.evaluate.every,
                 _held_out_bytes(planned, joined, held_out),
@@ -227,13 +237,17 @@ def build(planned: Plan, kind: devices.Kind) -> Run:
             GarbageCollection(logging.garbage_collection_every),
         ],
     )
+    built.note = whereabouts.note
     if found:
+        whereabouts.note(f"reading {found.name}")
         resume.restore(run, found)
     elif source:
         resume.begin(run, source)
     if isinstance(samples, Rows):
         for examples in samples.sets:
             run.say(examples.report)
+    for warning in fitness.warnings if fitness else []:
+        run.say(f"warning: {warning}")
     if loader.restarted:
         run.say(f"the samples start anew from the first: {loader.restarted} changed, which is allowed")
     if run.is_main:

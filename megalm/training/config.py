@@ -25,6 +25,9 @@ class RunSection(Config):
     """Seed of weights, sample order and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
+    preflight: bool = True
+    """Look, in seconds and before anything is loaded, whether code, config, folders, clocks, collectives and speeds of
+    all machines fit together."""
 
 
 class TrainSection(Config):

@@ -31,7 +31,11 @@ def train(run: Run) -> int:
             callback.on_start(run)
         while run.stop is None and not run.is_last_step:
             started = time.perf_counter()
+            run.whereabouts.step = run.step
+            run.whereabouts.note("data loading")
             batches, run.data_state = next(run.loader)
+            loaded = time.perf_counter()
+            run.sample_ids = [int(number) for batch in batches for number in batch.sample_ids]
             rate = learning_rate(run.step, config.schedule, config.optimizer.learning_rate, config.train.steps)
             head_only = run.step < config.tuning.head_first_steps
             result = run.engine.step([tensors(batch) for batch in batches], rate, head_only)
@@ -46,10 +50,14 @@ def train(run: Run) -> int:
                 "samples": run.data_state["samples"],
                 "applied": result.applied,
                 "seconds": time.perf_counter() - started,
+                "own_seconds": loaded - started + run.engine.own_seconds(),
             }
+            run.whereabouts.step = run.step
             for callback in run.callbacks:
+                run.whereabouts.note(type(callback).__name__.lower())
                 callback.after_step(run, record)
     finally:
+        run.whereabouts.note("end of the run")
         with ExitStack() as ends:  # runs all of them; what was raised above stays the reason
             # Last in, first out: the checkpoint under way is waited for while signals are still only noted.
             ends.callback(run.loader.close)

@@ -14,6 +14,7 @@ from megalm.parallel.groups import Beside, Groups
 from megalm.training.config import RunConfig
 from megalm.training.lock import Lock
 from megalm.training.plan import Plan
+from megalm.training.whereabouts import Whereabouts
 
 DONE, ANOMALY, PREEMPTED = 0, 3, 75
 """Exit codes of a run."""
@@ -43,9 +44,9 @@ class Callback:
 class Run:
     """layer_names: of the whole model, in order. held_out: this rank's micro-batches per corpus. facts: what
     was chosen for this run, for its log. beside: all ranks, for the saver's thread. step: optimizer steps done. tokens:
-    trained tokens so far. stop: an exit code once the run should end. blocked: seconds the newest save held up
-    training. failed_saves: checkpoints that could not be written. best: step of the best evaluation so far, whose
-    checkpoint is kept, where evaluate.keep_best says so."""
+    trained tokens so far. sample_ids: of this rank's micro-batches in the newest step. stop: an exit code once the run
+    should end. blocked: seconds the newest save held up training. failed_saves: checkpoints that could not be
+    written. best: step of the best evaluation so far, whose checkpoint is kept, where evaluate.keep_best says so."""
 
     plan: Plan
     groups: Groups
@@ -58,9 +59,11 @@ class Run:
     held_out: dict[str, list[MicroBatch]]
     loader: Loader
     facts: dict[str, str]
+    whereabouts: Whereabouts
     step: int = 0
     tokens: int = 0
     data_state: dict[str, Any] = field(default_factory=dict)
+    sample_ids: list[int] = field(default_factory=list)
     stop: int | None = None
     blocked: float = 0.0
     failed_saves: int = 0

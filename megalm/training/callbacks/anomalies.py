@@ -1,11 +1,15 @@
-"""What a step with a broken or exploding gradient does: stop, skip, or roll back. Each is counted."""
+"""What a step with a broken or exploding gradient does: stop, skip, or roll back. Each is counted and written down."""
 
+import json
 import math
 from typing import Any
 
+from megalm.metrics.events import TRAINER, write_event
 from megalm.training.resume import roll_back
 from megalm.training.run import ANOMALY, Callback, Run
 
+SKIPPED = "skipped_samples.jsonl"
+"""In the run's folder: the samples of every step that was not applied, by their number in the order of training."""
 _SMOOTHING = 0.98
 _WARMUP = 20
 
@@ -63,16 +67,32 @@ class Anomalies(Callback):
             f"step {run.step}: loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}"
             f" ({'not finite' if kind == 'nan' else f'a spike over the mean of {self._mean:.4g}'})"
         )
+        last, taken = run.data_state["samples"], run.config.train.global_batch_size
         if action == "stop" or self.anomalies > self._limit:
+            action = "stop"
             run.stop = ANOMALY
             why = f"train.on_{kind}=stop" if action == "stop" else f"more than train.max_anomalies={self._limit}"
             run.say(f"{what}; stopped before the update ({why}); set train.on_{kind}=skip or rollback to go past it")
         elif action == "rollback":
+            before = run.step
             step = roll_back(run)
+            taken *= before - step
             record["rolled_back"] = True
             run.say(f"{what}; rolled back to step {step}, its samples are passed over ({self.anomalies} so far)")
         else:
             run.say(f"{what}; skipped the update ({self.anomalies} so far)")
+        self._write_down(run, record, kind, action, [last - taken, last])
+
+    def _write_down(self, run: Run, record: dict[str, Any], kind: str, action: str, passed_over: list[int]) -> None:
+        """Which samples were in the step. passed_over: from where to where the run goes on without having learnt."""
+        ids = sorted({number for numbers in run.groups.gather(run.sample_ids) for number in numbers})
+        if not run.is_main:
+            return
+        facts = {"step": record["step"], "why": kind, "action": action}
+        norm = {key: value if math.isfinite(value := record[key]) else None for key in ("loss", "grad_norm")}
+        with (run.directory / SKIPPED).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(facts | norm | {"samples": ids, "passed_over": passed_over}) + "\n")
+        write_event(run.directory / TRAINER, "anomaly", **facts, samples=len(ids), passed_over=passed_over)
 
     def state(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,161 @@
+"""A supervised job: inside a batch script of Slurm, or on this machine alone."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+from launch import site as sites
+from launch import slurm, snapshot
+from launch.site import Site
+from launch.supervisor import DONE, PREEMPTED, Supervisor, agent_command, python_path
+from launch.target import Target, newest_step, of_command
+from megalm.errors import MegalmError
+from megalm.metrics.events import LAUNCHER, read_events, write_event
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""That let a job finish its step, save and end; Slurm's warning before the time limit is the last."""
+
+
+def in_slurm(arguments: list[str]) -> int:
+    """What a batch script of slurm/ calls on the job's first node. arguments: SCRIPT ARGUMENT ... of every rank.
+
+    A job that is told to end saves and puts itself back into the queue under its number, until the run is done.
+    """
+    number = os.environ.get("SLURM_JOB_ID")
+    if number is None:
+        raise MegalmError("launch job runs inside a job of Slurm: submit it (launch submit), or use launch local")
+    site = sites.of_environment()
+    target = of_command(arguments, Path("runs/jobs") / number)
+    if target.is_done:
+        return done_already(target, number)
+    names = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
+    ranks = int(os.environ.get("RANKS_PER_NODE") or site.ranks_per_node or os.environ.get("SLURM_GPUS_ON_NODE") or "1")
+    if problem := target.problem(len(names) * ranks):
+        raise MegalmError(problem)
+    start = os.environ.get("SLURM_RESTART_COUNT", "0")
+    folder = target.folder / "launch" / f"{number}-{start}"
+    with suppress(MegalmError):
+        (target.folder / "launch").mkdir(parents=True, exist_ok=True)
+        script = slurm.call("scontrol", "write", "batch_script", number, "-")
+        snapshot.take(target, folder, names, script)
+    record = slurm.job(number)
+    write_event(
+        target.folder / LAUNCHER, "job", job=number, start=int(start), nodes=names, log=record.get("StdOut", "")
+    )
+    supervisor = Supervisor(
+        target,
+        site.supervise,
+        nodes=names,
+        ranks_per_node=ranks,
+        folder=folder,
+        environment=python_path(dict(os.environ)) | site.environment,
+        failures=failures(target, number),
+        may_move=site.supervise.requeue == "auto" and record.get("Requeue") == "1",
+    )
+    for each in SIGNALS:
+        signal.signal(each, lambda number, _: supervisor.stop(number))
+
+    def start_agents() -> subprocess.Popen[bytes]:
+        command = [*srun(site, len(names)), *agent_command("", f"{names[0]}:{supervisor.port}")]
+        # In a session of its own, so that a signal to the batch script does not reach it twice.
+        return subprocess.Popen(command, env=python_path(dict(os.environ)) | supervisor.secret, start_new_session=True)
+
+    code = supervisor.run(start_agents)
+    if code == PREEMPTED or supervisor.wants_other_nodes:
+        return _again(target, site, number, supervisor.excluded if supervisor.wants_other_nodes else [])
+    return code
+
+
+def srun(site: Site, nodes: int) -> list[str]:
+    """The start of one task on every node. The job's own options (GPUs, memory) hold for it."""
+    options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"]
+    container = [f"--container-image={site.container}"] if site.container else []
+    return ["srun", *options, *container, *site.srun]
+
+
+def failures(target: Target, job: str) -> Counter[str]:
+    """How often each node failed in the starts of this job so far."""
+    count: Counter[str] = Counter()
+    ours = False
+    for event in read_events(target.folder):
+        if event["event"] == "job":
+            ours = event.get("job") == job
+        elif event["event"] == "failed" and ours and event.get("node"):
+            count[event["node"]] += 1
+    return count
+
+
+def done_already(target: Target, job: str) -> int:
+    """Say so, and note it once if no start of the run has."""
+    step = newest_step(target.folder)
+    print(f"launch: {target.folder} is done (step {step}): nothing is left for job {job}", flush=True)
+    if not any(event["event"] == "done" and event.get("step") == step for event in read_events(target.folder)):
+        write_event(target.folder / LAUNCHER, "done", step=step)
+    return DONE
+
+
+def _again(target: Target, site: Site, number: str, excluded: list[str]) -> int:
+    """Put the job back into the queue, if it is not on its way there, and nobody cancelled it."""
+    record = slurm.job(number)
+    ended_by_limit = record.get("Reason") == "TimeLimit"
+    if site.supervise.requeue == "never" or record.get("Requeue") == "0":
+        print(f"launch: job {number} is not requeued; the next job of its chain goes on", flush=True)
+        return PREEMPTED
+    if record.get("JobState") != "RUNNING" and not ended_by_limit:
+        return PREEMPTED
+    write_event(target.folder / LAUNCHER, "requeued", job=number, excluded=excluded)
+    print(f"launch: requeueing job {number}" + (f" without {', '.join(excluded)}" if excluded else ""), flush=True)
+    # From here on Slurm ends this script whenever it likes.
+    slurm.requeue(number)
+    if excluded:
+        slurm.exclude(number, excluded)  # may be said only of a job that waits
+    return PREEMPTED
+
+
+def here(target: Target, site: Site, ranks: int) -> int:
+    """Run and supervise on this machine."""
+    if target.is_done:
+        return done_already(target, "here")
+    if problem := target.problem(ranks):
+        raise MegalmError(problem)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = target.folder / "launch" / f"local-{stamp}"
+    try:
+        snapshot.take(target, folder, [os.uname().nodename], None)
+    except OSError as error:
+        raise MegalmError(f"{target.folder} cannot be written ({error}): choose another run.directory") from None
+    write_event(target.folder / LAUNCHER, "job", job=None, start=0, nodes=["here"], log="")
+    supervisor = Supervisor(
+        target,
+        site.supervise,
+        nodes=["here"],
+        ranks_per_node=ranks,
+        folder=folder,
+        environment=python_path(dict(os.environ)) | site.environment,
+        failures=Counter(),
+        address="127.0.0.1",
+    )
+    for each in SIGNALS:
+        signal.signal(each, lambda number, _: supervisor.stop(number))
+
+    def start_agents() -> subprocess.Popen[bytes]:
+        command = agent_command("here", f"127.0.0.1:{supervisor.port}")
+        return subprocess.Popen(command, env=python_path(dict(os.environ)) | supervisor.secret, start_new_session=True)
+
+    return supervisor.run(start_agents)
+
+
+def gpus() -> int:
+    """GPUs of this machine that a process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([each for each in visible.split(",") if each])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
+    return sum(line.startswith("GPU ") for line in listed.splitlines())

@@ -1,0 +1,38 @@
+"""What happened to a run beside its steps: one JSON object per line, appended and never rewritten.
+
+RUN/events.jsonl is the trainer's (saved, skipped, rolled back, stopping), RUN/launch/events.jsonl the launcher's
+(started, failed, restarted, hung, requeued, done): a file has one writer at a time, so that lines stay whole on file
+systems without atomic appends. Every event has `time` (seconds since 1970) and `event`.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+TRAINER, LAUNCHER = "events.jsonl", "launch/events.jsonl"
+
+
+def write_event(path: Path, event: str, **facts: Any) -> None:
+    """Append one event to a file, which is made with its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"time": time.time(), "event": event} | facts, ensure_ascii=False)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_events(run: Path) -> list[Event]:
+    """All events of a run folder, trainer's and launcher's, in order of time. Lines cut short are left out."""
+    events = []
+    for name in (TRAINER, LAUNCHER):
+        if (run / name).exists():
+            for line in (run / name).read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    event = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if isinstance(event, dict) and "time" in event and "event" in event:
+                    events.append(event)
+    return sorted(events, key=lambda event: event["time"])

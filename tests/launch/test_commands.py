@@ -1,0 +1,220 @@
+"""The command as a user types it: what it prints, what it refuses, and how soon."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch import slurm
+from launch.machines import read_hostfile
+from launch.site import Site, Supervision, of_environment
+from launch.snapshot import environment as without_secrets
+from launch.target import newest_step, of_command
+from megalm.errors import MegalmError
+from tests.training.conftest import build_corpus, tree_of
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def config(corpus: Path, tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree_of(corpus, tmp_path / "run")))
+    return str(path)
+
+
+def test_submit_prints_what_it_would_submit(launch: Launch, config: str, tmp_path: Path) -> None:
+    options = ["--nodes", "2", "--gpus-per-node", "4", "--partition", "long", "--account", "7", "--time", "1-00"]
+    said = launch("submit", "--config", config, *options, "--set", "train.steps=9", "--dry-run", cwd=REPOSITORY)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout == (
+        f"sbatch --parsable --job-name=run --nodes=2 --gpus-per-node=4 --partition=long --account=7 --time=1-00 "
+        f"--output={tmp_path}/run/logs/slurm-%j.log slurm/pretrain.sh {config} --set train.steps=9\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_site_profile_says_the_rest(launch: Launch, config: str, tmp_path: Path) -> None:
+    profile = tmp_path / "site.yaml"
+    profile.write_text("nodes: 2\nranks_per_node: 2\npartition: long\nsbatch: [--qos=night]\n")
+    said = launch(
+        "submit", "--config", config, "--site", str(profile), "--partition", "short", "--chain", "2", "--dry-run"
+    )
+    first, second = said.stdout.replace("\n", " ").replace("MEGALM_SITE=", "\nMEGALM_SITE=").split("\n")[1:]
+    for line in (first, second):
+        assert f"MEGALM_SITE={profile}" in line and "--partition=short" in line and "--qos=night" in line
+        assert "supervise.requeue=never" in line and "--no-requeue" in line
+    assert "--dependency" not in first and "--dependency=afterany:JOB1" in second
+
+
+def test_mistakes_are_said_before_anything_is_queued(launch: Launch, config: str, tmp_path: Path) -> None:
+    def said(*arguments: str) -> str:
+        ended = launch(*arguments)
+        assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+        return ended.stderr.removeprefix("error: ").strip()
+
+    wrong = said("submit", "--config", config, "--nodes", "3", "--gpus-per-node", "8", "--dry-run")
+    assert wrong.startswith("train.global_batch_size 16 is not a multiple of train.micro_batch_size 2 x 24")
+    assert said("submit", "--config", config, "--site-set", "partitoin=x", "--dry-run").startswith(
+        "--set partitoin=x: unknown key partitoin; did you mean partition?"
+    )
+    assert said("status", str(tmp_path)).startswith(f"{tmp_path} is not the folder of a run")
+    assert said("job", "megalm/train.py").startswith("launch job runs inside a job of Slurm")
+    assert said("submit", "--config", config, "--by", "submitit", "--dry-run").startswith("--by submitit needs a time")
+
+
+def test_the_other_launchers(launch: Launch, config: str, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=2 # the first\n\nb slots=2\n")
+    torchrun = launch("torchrun", "--config", config, "--hostfile", str(hosts), "--dry-run").stdout.splitlines()
+    assert [line.split()[4] for line in torchrun] == ["a", "b"]
+    assert "--node-rank 1 --master-addr a" in torchrun[1] and "--nproc-per-node 2" in torchrun[1]
+    deepspeed = launch("deepspeed", "--config", config, "--hostfile", str(hosts), "--dry-run").stdout
+    assert f"--hostfile {hosts} megalm/train.py --config {config}" in deepspeed.replace(f"{REPOSITORY}/", "")
+    assert launch("local", "--config", config, "--ranks", "2", "--dry-run").stdout.startswith("2 x ")
+    hosts.write_text("a slots=2\na slots=2\n")
+    with pytest.raises(MegalmError, match="hosts:2: 'a slots=2' is not NAME slots=N of a machine not named before"):
+        read_hostfile(hosts)
+
+
+def test_it_answers_at_once_and_without_torch(config: str) -> None:
+    """CPU time, since other processes share the machine."""
+    script = (
+        "import resource, sys\n"
+        f"sys.argv = ['launch', 'submit', '--config', {config!r}, '--nodes', '2', '--dry-run']\n"
+        "from launch.__main__ import main\n"
+        "main()\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "heavy = {'torch', 'deepspeed', 'matplotlib', 'submitit'} & set(sys.modules)\n"
+        "print(used.ru_utime + used.ru_stime, *heavy)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    seconds, *heavy = ended.stdout.splitlines()[-1].split()
+    assert not heavy
+    assert float(seconds) < 1.0  # 0.4 on a machine that has nothing else to do
+
+
+def test_the_command_of_a_job(config: str, tmp_path: Path) -> None:
+    target = of_command(["megalm/train.py", "--config", config, "--set=train.steps=5", "--resume", "never"], tmp_path)
+    assert target.folder == tmp_path / "run" and target.config is not None
+    assert (target.config.train.steps, target.config.checkpoint.resume) == (5, "never")
+    other = of_command(["tools/evaluate_model.py", "--checkpoint", "x"], tmp_path / "jobs")
+    assert other.folder == tmp_path / "jobs" and other.arguments[1:] == ["--checkpoint", "x"] and not other.is_done
+    with pytest.raises(MegalmError, match="needs a value"):
+        of_command(["megalm/train.py", "--config"], tmp_path)
+    with pytest.raises(MegalmError, match="has no argument --stpes"):
+        of_command(["megalm/train.py", "--config", config, "--stpes"], tmp_path)
+
+
+def test_a_run_is_done_when_its_last_step_is_saved(config: str, tmp_path: Path) -> None:
+    target = of_command(["megalm/train.py", "--config", config], tmp_path)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-8").mkdir(parents=True)
+    (checkpoints / "latest").write_text("step-8\n")
+    assert newest_step(tmp_path / "run") == 0 and not target.is_done, "it has no manifest yet"
+    (checkpoints / "step-8" / "manifest.json").write_text("{}")
+    assert target.is_done
+
+
+def test_profile_of_the_environment(tmp_path: Path) -> None:
+    assert of_environment({}).supervise.restarts == 3
+    (tmp_path / "site.yaml").write_text("supervise: {hang_after: 5.0}\n")
+    site = of_environment({"MEGALM_SITE": str(tmp_path / "site.yaml"), "MEGALM_SITE_SET": "srun=[-v]\nnodes=2"})
+    assert (site.supervise.hang_after, site.srun, site.nodes) == (5.0, ["-v"], 2)
+
+
+def test_every_key_of_a_profile_is_described() -> None:
+    text = (REPOSITORY / "docs" / "launch.md").read_text()
+    keys = [*Site.model_fields, *(f"supervise.{key}" for key in Supervision.model_fields)]
+    assert not [key for key in keys if f"`{key}`" not in text and key != "supervise"]
+
+
+def test_secrets_stay_out_of_the_snapshot() -> None:
+    said = without_secrets({"WANDB_API_KEY": "abc", "HOME": "/home/x", "PROXY": "http://me:abc@host", "A": "1\n2"})
+    assert "abc" not in said and "HOME=/home/x" in said and "PROXY=http://me:(left out)@host" in said
+    assert "A='1\\n2'" in said
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"), [("30", 30), ("1:30", 2), ("2:00:00", 120), ("1-0", 1440), ("1-2:30", 1590), ("0-0:0:1", 1)]
+)
+def test_time_limits(limit: str, minutes: int) -> None:
+    assert slurm.minutes(limit) == minutes
+
+
+def test_every_script_only_calls_the_launcher() -> None:
+    scripts = sorted((REPOSITORY / "slurm").glob("*.sh"))
+    assert [script.name for script in scripts] == ["evaluate.sh", "pretrain.sh", "sft.sh"]
+    for script in scripts:
+        code = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
+        assert len(code) == 1 and code[0].startswith('exec "${PYTHON:-python}" -m launch job '), script
+
+
+def records(run: Path, **more: Any) -> None:
+    """A run's folder, as a trainer leaves it."""
+    (run / "launch").mkdir(parents=True)
+    lines = [
+        {"step": n, "loss": 6 - n / 50, "lr": 1e-3, "grad_norm": 1.0, "tokens": 512 * n, "time": n}
+        for n in range(1, 101)
+    ]
+    lines[49] |= {"held_out": {"web <1>": 5.5}, "grad_norm": 400.0}
+    lines[70]["loss"] = None  # type: ignore[assignment]
+    import json
+
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    events = [
+        {"time": 1.0, "event": "started", "attempt": 1},
+        {"time": 50.0, "event": "failed", "rank": 5, "node": "n2", "how": "killed by SIGKILL", "step": 50},
+        {"time": 51.0, "event": "started", "attempt": 2},
+        {"time": 100.0, "event": "done", "step": 100},
+    ]
+    (run / "launch" / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    ranks = {"hosts": ["n1", "n2"], "p50": [0.1, 0.3], "p90": [0.1, 0.4], "max": [0.2, 0.5]}
+    ours = [
+        {"time": 99.0, "event": "ranks", "step": 100} | ranks,
+        {"time": 99.0, "event": "slow rank", "step": 100, "rank": 1},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in ours))
+
+
+def test_report_and_watch(launch: Launch, tmp_path: Path) -> None:
+    import xml.etree.ElementTree as ElementTree
+
+    records(tmp_path / "run")
+    said = launch("report", str(tmp_path / "run"))
+    assert said.returncode == 0, said.stderr
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "http" not in text, "it is self-contained"
+    assert "failed at step 50" in text and "held out: web &lt;1&gt;" in text and "class=slow>1<" in text
+    pictures = [part.split("</svg>")[0] + "</svg>" for part in text.split("<svg ")[1:]]
+    assert len(pictures) >= 4
+    for picture in pictures:
+        ElementTree.fromstring("<svg " + picture.replace("role=img", "role='img'"))
+    seen = launch("watch", str(tmp_path / "run")).stdout
+    assert "step 100 of ?" in seen and "▁" in seen
+
+
+def test_doctor_knows_the_wrong_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch import doctor
+
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('never imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    (wrong,) = doctor._apex()
+    assert wrong.state == doctor.WRONG and wrong.mend.startswith("pip uninstall apex")
+    assert "-> pip uninstall apex" in "\n".join(doctor.report([wrong]))
+    (tmp_path / "apex" / "optimizers").mkdir()
+    (tmp_path / "apex" / "optimizers" / "__init__.py").touch()
+    assert next(doctor._apex()).state == doctor.THERE
+    assert doctor.satisfies("0.16.1", ">=0.16,<0.17") and not doctor.satisfies("0.17.0", ">=0.16,<0.17")
+    assert not doctor.satisfies("0.19.7", ">=0.19.8") and doctor.satisfies("2.13.0+cpu", ">=2.6")

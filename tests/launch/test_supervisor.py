@@ -1,0 +1,197 @@
+"""Ranks that die, hang, are told to stop, and come back; with scripts that take no time."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.watchdog import diagnose, waiting
+from megalm.metrics.events import read_events
+
+Supervise = Callable[..., int]
+ONCE = """
+try:
+    os.close(os.open(os.environ["MARK"], os.O_CREAT | os.O_EXCL))
+    first = True
+except FileExistsError:
+    first = False
+"""
+
+
+def events(tmp_path: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(tmp_path / "run") if event["event"] == kind]
+
+
+def test_ranks_get_their_place(supervise: Supervise, tmp_path: Path) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK")
+    text = f"open(os.environ['MARK'] + str(rank), 'w').write(' '.join(os.environ[n] for n in {names}))"
+    assert supervise(text) == 0
+    found = [(tmp_path / f"mark{rank}").read_text() for rank in range(4)]
+    assert found == ["0 0 4 2 0", "1 1 4 2 0", "2 0 4 2 1", "3 1 4 2 1"]
+    assert len(events(tmp_path, "done")) == 1
+
+
+def test_the_first_error_is_on_top_and_the_run_restarts(
+    supervise: Supervise, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 2 dies; the others say what ranks say whose peer has died, some of them before it is known."""
+    text = """
+    mark = os.environ["MARK"]
+    if not os.path.exists(mark + "second"):
+        open(mark + "ready" + str(rank), "w").close()
+        while not all(os.path.exists(mark + "ready" + str(other)) for other in range(4)):
+            time.sleep(0.01)
+        if rank == 2:
+            open(mark + "second", "w").close()
+            raise ValueError("the true reason")
+        while not os.path.exists(mark + "second"):
+            time.sleep(0.01)
+        raise RuntimeError("Connection closed by peer")
+    """
+    started = time.monotonic()
+    assert supervise(text) == 0
+    assert time.monotonic() - started < 30
+    (failed,) = events(tmp_path, "failed")
+    assert (failed["rank"], failed["node"], failed["words"]) == (2, "n2", "ValueError: the true reason")
+    assert [event["event"] for event in read_events(tmp_path / "run")] == [
+        *("started", "failed", "restarting", "started", "done")
+    ]
+    said, errors_said = capfd.readouterr()
+    assert "Connection closed" not in errors_said, "rank 0's own traceback is not on top of the reason"
+    assert said.index("rank 2 on n2 ended first (exit code 1)") < said.index("ValueError: the true reason")
+    assert "3 more followed" in said and "Connection closed" not in said
+    errors = tmp_path / "run" / "launch" / "start" / "attempt-1"
+    assert len(list(errors.glob("rank-*.err"))) == 4
+
+
+def test_a_rank_that_is_killed_ends_those_that_wait_for_it(supervise: Supervise, tmp_path: Path) -> None:
+    text = ONCE + "if first: os.kill(os.getpid(), 9)\nif not os.path.exists(os.environ['MARK'] + 'x'): time.sleep(1)"
+    hanging = text + "\nif rank != 0 and not os.environ.get('never'): time.sleep(0)"
+    assert supervise(hanging) == 0
+    (failed,) = events(tmp_path, "failed")
+    assert failed["how"].startswith("killed by SIGKILL")
+
+
+def test_ranks_that_would_wait_for_good_are_ended_within_seconds(supervise: Supervise, tmp_path: Path) -> None:
+    started = time.monotonic()
+    assert supervise("if rank == 1: sys.exit(7)\ntime.sleep(600)", restarts=0) == 1
+    assert time.monotonic() - started < 30
+    assert len(events(tmp_path, "gave up")) == 1
+
+
+def test_a_mistake_is_not_repeated(supervise: Supervise, tmp_path: Path) -> None:
+    assert supervise("if rank == 0: print('error: a mistake', file=sys.stderr)\nsys.exit(2)") == 2
+    (failed,) = events(tmp_path, "failed")
+    assert (failed["rank"], failed["words"]) == (0, "error: a mistake")
+    assert not events(tmp_path, "restarting")
+
+
+def test_restarts_run_out(supervise: Supervise, tmp_path: Path) -> None:
+    assert supervise("sys.exit(1)", restarts=2) == 1
+    assert [event["seconds"] for event in events(tmp_path, "restarting")] == [0.1, 0.2]
+    assert len(events(tmp_path, "started")) == 3
+
+
+def test_a_signal_reaches_all_ranks_and_ends_the_job(supervise: Supervise, tmp_path: Path) -> None:
+    text = """
+    def stop(number, frame):
+        open(os.environ["MARK"] + str(rank), "w").close()
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, stop)
+    open(os.environ["MARK"] + "ready" + str(rank), "w").close()
+    time.sleep(600)
+    """
+
+    def warn() -> None:
+        while len(list(tmp_path.glob("markready*"))) < 4:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=warn, daemon=True).start()
+    assert supervise(text) == 75
+    assert all((tmp_path / f"mark{rank}").exists() for rank in range(4))
+    assert [event["signal"] for event in events(tmp_path, "stopped")] == ["SIGUSR1"]
+
+
+def test_a_node_that_failed_twice_is_excluded(supervise: Supervise, tmp_path: Path) -> None:
+    from launch.supervisor import Supervisor
+
+    usable: list[list[str]] = []
+    right = Supervisor._usable
+
+    def spy(self: Supervisor, here: Any) -> Any:
+        chosen = right(self, here)
+        usable.append([node.name for node in chosen])
+        return chosen
+
+    Supervisor._usable = spy  # type: ignore[method-assign]
+    try:
+        text = "if os.environ['NODE_RANK'] == '1' or os.environ['WORLD_SIZE'] == '4': sys.exit(1)"
+        assert supervise(text, nodes=3, restarts=2) == 1
+    finally:
+        Supervisor._usable = right  # type: ignore[method-assign]
+    assert usable == [["n1", "n2", "n3"], ["n1", "n2", "n3"], ["n1", "n3"]]
+
+
+def test_a_hang_is_told_in_plain_words(supervise: Supervise, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rank 3 sits in data loading, the others in a communication; started again, all go through."""
+    text = (
+        ONCE.replace('["MARK"]', '["MARK"] + str(rank)')
+        + """
+from megalm.training.whereabouts import Whereabouts
+where = Whereabouts.of_environment()
+where.note("importing libraries")
+where.step = 0
+where.note("data loading")
+time.sleep(1.5)
+where.step = 1
+where.note("data loading")
+if first:
+    where.note("data loading" if rank == 3 else "pipeline receive of micro-batch 2 from rank 3")
+    time.sleep(600)
+"""
+    )
+    assert supervise(text, hang_after=2.0, start_within=20.0) == 0
+    (hung,) = events(tmp_path, "hung")
+    assert hung["rank"] == 3
+    assert hung["places"][0].startswith("rank 3 (n2) is in data loading, step 2, since ")
+    assert hung["places"][1].startswith("rank 0 (n1) waits in pipeline receive of micro-batch 2 from rank 3")
+    stacks = Path(hung["stacks"]).read_text()
+    assert stacks.count("==== rank") == 4 and "script.py" in stacks
+    assert "rank 3 on n2 ended first (hung for 2 s)" in capfd.readouterr().out
+    (failed,) = events(tmp_path, "failed")
+    assert (failed["rank"], failed["node"]) == (3, "n2")
+
+
+STACK = """Thread 0x00007f (most recent call first):
+  File "/lib/python3.11/threading.py", line 324 in wait
+
+Current thread 0x00007f (most recent call first):
+  File "/site-packages/torch/distributed/distributed_c10d.py", line 2501 in all_reduce
+  File "/megalm/parallel/engine.py", line 180 in _weigh
+"""
+
+
+def test_a_stack_tells_who_waits() -> None:
+    assert waiting(STACK) == "all_reduce"
+    assert waiting(STACK.replace("torch/distributed", "numpy")) is None
+    note = {"n": 4, "step": 6, "since": time.time() - 30, "at": "forward pass of micro-batch 1"}
+    places = {0: note, 1: note | {"since": time.time() - 31}, 2: note | {"step": 5}}
+    found = diagnose(places, {0: STACK, 1: STACK}, {0: "n1", 1: "n1", 2: "n2"})
+    assert found.culprit == 2
+    assert found.lines[0] == "rank 2 (n2) is in forward pass of micro-batch 1, step 6, since 30 s"
+    assert found.lines[1].startswith("rank 0 (n1) waits in forward pass of micro-batch 1 (all_reduce), step 7")
+    assert diagnose({0: note}, {0: STACK}, {}).culprit is None
+
+
+def test_events_survive_a_line_cut_short(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text(json.dumps({"time": 2, "event": "saved"}) + '\n{"time": 3, "ev')
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "events.jsonl").write_text(json.dumps({"time": 1, "event": "job"}) + "\n")
+    assert [event["event"] for event in read_events(tmp_path)] == ["job", "saved"]

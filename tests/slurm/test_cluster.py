@@ -1,0 +1,131 @@
+"""Jobs on a real Slurm cluster. Those marked `slurm` take minutes each (make test-slurm)."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megalm.metrics.events import read_events
+from tests.slurm.faults import BATCH, REPOSITORY, STEPS, Cluster, Experiment, strike, tree
+
+
+def wait(reached: Callable[[], bool], what: str, patience: float = 300) -> None:
+    deadline = time.time() + patience
+    while not reached():
+        assert time.time() < deadline, f"{what} within {patience:.0f} s"
+        time.sleep(0.2)
+
+
+def script(cluster: Cluster, tmp_path: Path, text: str) -> str:
+    """Submit a job whose ranks, one on each of two nodes, run a script that is no training."""
+    (tmp_path / "script.py").write_text("import os, sys, time\n" + text)
+    command = f"exec {sys.executable} -m launch job {tmp_path}/script.py"
+    said = cluster.call(
+        *("sbatch", "--parsable", "--nodes=2", "--requeue", f"--output={tmp_path}/log", "--open-mode=append"),
+        *(f"--chdir={tmp_path}", "--wrap", command),
+        PYTHONPATH=str(REPOSITORY),
+    )
+    return said.strip()
+
+
+def test_a_script_runs_on_all_nodes_and_is_requeued_until_it_is_done(cluster: Cluster, tmp_path: Path) -> None:
+    text = """
+count = os.environ.get("SLURM_RESTART_COUNT", "0")
+open(f"{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}-{count}", "w").close()
+sys.exit(0 if count == "1" else 75)
+"""
+    job = script(cluster, tmp_path, text)
+    wait(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), "the job ends")
+    log = (tmp_path / "log").read_text()
+    assert cluster.job(job)["JobState"] == "COMPLETED", log
+    assert {path.name for path in tmp_path.glob("*-of-*")} == {f"{r}-of-2-{c}" for r in (0, 1) for c in (0, 1)}
+    assert log.count(f"launch: requeueing job {job}") == 1 and log.count("launch: done") == 1, "one appended log"
+    kinds = [event["event"] for event in read_events(tmp_path / "runs" / "jobs" / job)]
+    assert kinds == ["job", "started", "stopped", "requeued", "job", "started", "done"]
+
+
+def test_a_cancelled_job_does_not_come_back(cluster: Cluster, tmp_path: Path) -> None:
+    job = script(cluster, tmp_path, "open(os.environ['RANK'], 'w').close()\ntime.sleep(600)")
+    wait(lambda: (tmp_path / "1").exists(), "the ranks start")
+    cluster.call("scancel", job)
+    wait(lambda: cluster.job(job)["JobState"] == "CANCELLED", "the job is cancelled")
+    time.sleep(2)
+    assert cluster.job(job)["JobState"] == "CANCELLED"
+    assert "requeued" not in [event["event"] for event in read_events(tmp_path / "runs" / "jobs" / job)]
+
+
+def test_a_training_survives_a_requeue_and_a_killed_rank(
+    cluster: Cluster, slurm_corpus: Path, whole: Experiment, tmp_path: Path
+) -> None:
+    run = Experiment(cluster, tree(slurm_corpus, tmp_path / "run"))
+    (job,) = run.submit()
+    strike(run, job, "killed rank", 4)
+    strike(run, job, "scontrol requeue", 12)
+    run.wait_for_end(job)
+    assert run.difference(whole) == ""
+    wait(lambda: cluster.job(job)["JobState"] == "COMPLETED", "the job ends")
+    snapshot = run.run / "launch" / f"{job}-1"
+    assert "-m launch job megalm/train.py" in (snapshot / "script.sh").read_text()
+    assert (snapshot / "nodes.txt").read_text().split() == run.events("job")[1]["nodes"]
+    assert "torch==" in (snapshot / "packages.txt").read_text()
+    assert f"SLURM_JOB_ID={job}" in (snapshot / "environment.txt").read_text()
+
+
+@pytest.mark.slurm
+def test_a_chain_of_jobs_that_may_not_be_requeued(
+    cluster: Cluster, slurm_corpus: Path, whole: Experiment, tmp_path: Path
+) -> None:
+    run = Experiment(cluster, tree(slurm_corpus, tmp_path / "run"))
+    first, second = run.submit("--chain", "2")
+    run.wait_for_step(9, first)
+    cluster.call("scancel", "--batch", "--signal=USR1", first)
+    run.wait_for_end(second)
+    assert run.difference(whole) == ""
+    assert [event["job"] for event in run.events("job")] == [first, second]
+    assert not run.events("requeued")
+
+
+@pytest.mark.slurm
+def test_submitit_requeues_at_its_own_signal(
+    cluster: Cluster, slurm_corpus: Path, whole: Experiment, tmp_path: Path
+) -> None:
+    run = Experiment(cluster, tree(slurm_corpus, tmp_path / "run"))
+    (job,) = run.submit("--by", "submitit", "--time", "120")
+    run.wait_for_step(9, job)
+    cluster.call("scancel", "--signal=USR2", job)
+    run.wait_for_end(job)
+    assert run.difference(whole) == ""
+    assert [event["start"] for event in run.events("job")] == [0, 1]
+
+
+@pytest.mark.slurm
+def test_a_node_that_fails_twice_is_left_out(cluster: Cluster, slurm_corpus: Path, tmp_path: Path) -> None:
+    """The second node's rank is killed at the same step in every start, until the run goes on without that node."""
+    plant = [{"rank": 1, "samples": 7 * BATCH, "do": "kill"}]
+    run = Experiment(cluster, tree(slurm_corpus, tmp_path / "run"), plant=plant)
+    (job,) = run.submit()
+    run.wait_for_end(job)
+    assert [len(event["nodes"]) for event in run.events("started")] == [2, 2, 1]
+    assert [record["samples"] for record in run.records()] == [BATCH * step for step in range(1, STEPS + 1)]
+
+
+@pytest.mark.slurm
+def test_a_slow_rank_and_a_hanging_one_of_eight_are_named(cluster: Cluster, slurm_corpus: Path, tmp_path: Path) -> None:
+    plant = [
+        {"rank": 6, "samples": BATCH, "do": "slow", "seconds": 0.5},
+        {"rank": 1, "samples": 12 * BATCH, "do": "hang"},
+    ]
+    made = tree(slurm_corpus, tmp_path / "run", parallel={"pipeline": 2}, logging={"stragglers_every": 10})
+    site = ("supervise.hang_after=60", "supervise.restarts=0")
+    run = Experiment(cluster, made, nodes=4, ranks_per_node=2, site=site, plant=plant)
+    (job,) = run.submit()
+    wait(lambda: bool(run.events("gave up")), "the hang is noticed", 1500)
+    (slow,) = run.events("slow rank")
+    assert slow["rank"] == 6
+    (hung,) = run.events("hung")
+    assert hung["rank"] == 1
+    assert hung["places"][0].startswith("rank 1 (n1) is in data loading, step 12, since ")
+    assert any("rank 5 (n3) waits in pipeline receive of micro-batch 1 from rank 1" in line for line in hung["places"])
+    assert Path(hung["stacks"]).read_text().count("==== rank") == 8
