@@ -61,7 +61,7 @@ class EvaluateSection(Config):
 
     every: NonNegativeInt = 0
     """Steps between evaluations; the last step always evaluates. 0: only the last."""
-    epochs: NonNegativeFloat = 0
+    epochs: NonNegativeFloat = 0.0
     """Passes over data.sources between evaluations, in place of `every`: 1 evaluates after each, 0.5 twice in each."""
     sequences: PositiveInt = 64
     """Sequences per held-out corpus, spread evenly over it and always the same."""
