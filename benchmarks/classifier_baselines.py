@@ -117,7 +117,8 @@ def trainer(
     with tempfile.TemporaryDirectory() as folder:
         start = Path(config["model"]["init_from"])
         if not (start / "config.json").exists():
-            start = to_hf(start, Path(folder, "start"))
+            to_hf(start, Path(folder, "start"))
+            start = Path(folder, "start")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         set_seed(config["run"]["seed"])
