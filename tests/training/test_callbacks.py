@@ -1,8 +1,10 @@
 """Callbacks one by one, over a run that only says what they ask of it."""
 
 import gc
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,20 +31,31 @@ BYTES = {"web": 4000, "books": 0}
 
 
 class StandIn:
-    """A run of 100 steps at some step."""
+    """A run of 100 steps of 16 samples at some step. directory: where it writes, if it does."""
 
     due = Run.due
     is_last_step = Run.is_last_step
 
+<<<<<<< HEAD
     def __init__(self, step: int = 0, steps: int = 100) -> None:
         self.step, self.stop, self.best = step, None, None
+=======
+    def __init__(self, step: int = 0, steps: int = 100, directory: Path | None = None) -> None:
+        self.step, self.stop = step, None
+>>>>>>> launch
         self.said: list[str] = []
         self.say = self.said.append
-        train = type("Train", (), {"steps": steps})
+        self.directory, self.is_main = directory, directory is not None
+        self.groups, self.sample_ids = Joined(0), [1, 0]
+        train = type("Train", (), {"steps": steps, "global_batch_size": 16})
         self.config = type("Config", (), {"train": train})
         self.held_out = {"web": ["batches of web"], "books": ["batches of books"]}
         self.evaluated: list[str] = []
         self.engine = self
+
+    @property
+    def data_state(self) -> dict[str, int]:
+        return {"samples": 16 * self.step}
 
     def evaluate(self, batches: list[str]) -> tuple[float, int]:
         self.evaluated += batches
@@ -58,7 +71,7 @@ def policy(
 def step(anomalies: Anomalies, run: StandIn, norm: float, loss: float = 2.0) -> dict[str, Any]:
     """One step of the loop; its record."""
     run.step += 1
-    record = {"loss": loss, "grad_norm": norm, "applied": anomalies.accept(norm)}
+    record = {"step": run.step, "loss": loss, "grad_norm": norm, "applied": anomalies.accept(norm)}
     anomalies.after_step(run, record)  # type: ignore[arg-type]
     return record
 
@@ -94,9 +107,9 @@ def test_the_mean_is_the_mean_at_first_and_forgets_later() -> None:
 
 @pytest.mark.parametrize(("kind", "norm"), [("nan", NAN), ("spike", 50.0)])
 @pytest.mark.parametrize("action", ["stop", "skip", "rollback"])
-def test_each_action(monkeypatch: pytest.MonkeyPatch, kind: str, norm: float, action: str) -> None:
+def test_each_action(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, norm: float, action: str) -> None:
     monkeypatch.setattr(anomalies, "roll_back", lambda run: 15)
-    judge, run = policy(**{f"on_{kind}": action}), StandIn()
+    judge, run = policy(**{f"on_{kind}": action}), StandIn(directory=tmp_path)
     for _ in range(20):
         assert "anomalies" not in step(judge, run, 1.0)
     record = step(judge, run, norm)
@@ -106,6 +119,9 @@ def test_each_action(monkeypatch: pytest.MonkeyPatch, kind: str, norm: float, ac
     why = "not finite" if kind == "nan" else "a spike over the mean of 1"
     assert said.startswith(f"step 21: loss 2, gradient norm {norm:.4g} ({why}); ")
     assert run.stop == (ANOMALY if action == "stop" else None)
+    written = json.loads((tmp_path / anomalies.SKIPPED).read_text())
+    assert (written["step"], written["why"], written["action"], written["samples"]) == (21, kind, action, [0, 1])
+    assert written["passed_over"] == [16 * (15 if action == "rollback" else 20), 16 * 21]
     assert {
         "stop": f"stopped before the update (train.on_{kind}=stop); set train.on_{kind}=skip or rollback to go past it",
         "skip": "skipped the update (1 so far)",
@@ -117,7 +133,7 @@ def test_a_spike_may_be_ignored() -> None:
     judge, run = policy(on_spike="ignore"), StandIn()
     for _ in range(20):
         step(judge, run, 1.0)
-    assert step(judge, run, 50.0) == {"loss": 2.0, "grad_norm": 50.0, "applied": True}
+    assert step(judge, run, 50.0) == {"step": 21, "loss": 2.0, "grad_norm": 50.0, "applied": True}
     assert not run.said and judge.anomalies == 0
     assert not step(judge, run, NAN)["applied"], "what is not finite is another matter"
 

@@ -69,10 +69,10 @@ class Anomalies(Callback):
         )
         last, taken = run.data_state["samples"], run.config.train.global_batch_size
         if action == "stop" or self.anomalies > self._limit:
-            action = "stop"
             run.stop = ANOMALY
             why = f"train.on_{kind}=stop" if action == "stop" else f"more than train.max_anomalies={self._limit}"
             run.say(f"{what}; stopped before the update ({why}); set train.on_{kind}=skip or rollback to go past it")
+            action = "stop"
         elif action == "rollback":
             before = run.step
             step = roll_back(run)
