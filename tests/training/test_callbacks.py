@@ -36,13 +36,8 @@ class StandIn:
     due = Run.due
     is_last_step = Run.is_last_step
 
-<<<<<<< HEAD
-    def __init__(self, step: int = 0, steps: int = 100) -> None:
-        self.step, self.stop, self.best = step, None, None
-=======
     def __init__(self, step: int = 0, steps: int = 100, directory: Path | None = None) -> None:
-        self.step, self.stop = step, None
->>>>>>> launch
+        self.step, self.stop, self.best = step, None, None
         self.said: list[str] = []
         self.say = self.said.append
         self.directory, self.is_main = directory, directory is not None
