@@ -18,6 +18,7 @@ from megalm.config import dump
 from megalm.data.index import ShardReader
 from megalm.errors import MegalmError
 from megalm.parallel.groups import Groups
+from megalm.sft.read import row_files
 from megalm.training.plan import Plan
 from megalm.training.whereabouts import Whereabouts
 
@@ -85,7 +86,11 @@ def _require_folders(planned: Plan, joined: Groups, hosts: list[str]) -> None:
     fault = ""
     try:
         for source in (*planned.config.data.sources, *planned.config.data.held_out):
-            ShardReader(source.path, planned.tokenizer)
+            if planned.task is None:
+                ShardReader(source.path, planned.tokenizer)
+            else:
+                for file in row_files(source.path):
+                    file.open("rb").close()
         directory.mkdir(parents=True, exist_ok=True)
         probe.write_text(hosts[joined.rank])
     except (OSError, MegalmError) as error:
