@@ -48,12 +48,12 @@ def mean_of_micro_batch_means() -> None:
 
 
 def shifted_labels() -> None:
-    right = build.token_loss
+    right = build.head_loss
 
-    def shifted(layers, logits, labels: Tensor, *rest):  # type: ignore[no-untyped-def]
-        return right(layers, logits, torch.roll(labels, 1, dims=1), *rest)
+    def shifted(head, layers, logits, labels: Tensor, *rest):  # type: ignore[no-untyped-def]
+        return right(head, layers, logits, torch.roll(labels, 1, dims=1), *rest)
 
-    build.token_loss = shifted
+    build.head_loss = shifted
 
 
 def norm_counts_every_copy() -> None:
