@@ -247,6 +247,8 @@ def test_folders_of_configs_are_all_tested() -> None:
     tasks = {*CONFIGS.glob("eval/*.yaml")}  # of the evaluation harness, tested with it
     assert set(CONFIGS.rglob("*.yaml")) - tasks == {*MODELS, *RUNS}
     runs = {"tiny", "demo", "pretrain_124m", "pretrain_1b", "pretrain_8b", "pretrain_70b", "sft_chat"}
+    kinds = ("text_classification", "pair_classification", "token_classification", "relation_extraction")
+    runs |= {"demo_classes", "demo_chat", *(f"task_{kind}" for kind in (*kinds, "question_answering"))}
     assert runs == {run.stem for run in RUNS}
 
 

@@ -12,7 +12,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from megalm.errors import MegalmError
-from megalm.eval import harness
 from megalm.eval.generate import Sampling, collect, generate
 from megalm.eval.harness import HarnessModel
 from megalm.eval.load import load_model
@@ -216,7 +215,7 @@ def test_the_command_over_a_checkpoint_and_over_an_export(
             kept[include_defaults] = TaskManager(include_path=include_path, include_defaults=include_defaults)
         return kept[include_defaults]
 
-    monkeypatch.setattr(harness, "TaskManager", known)
+    monkeypatch.setattr("megalm.eval.tasks.TaskManager", known)
     evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", "hellaswag", *options)
     assert json.loads(result.read_text())["documents"]["hellaswag"]["effective"] == 3
     with pytest.raises(MegalmError, match=r"there is no task hellaswagg \(did you mean hellaswag\?\)"):

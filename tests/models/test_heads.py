@@ -95,8 +95,11 @@ def settings(family: str, head: HeadKind, problem: str) -> tuple[ModelConfig, An
 def their_names(tensors: dict[str, Tensor], family: str, head: str) -> dict[str, Tensor]:
     module = {"sequence_classification": "score", "token_classification": "score", "question_answering": "qa_outputs"}
     name = "classifier" if (family, head) == ("gpt2", "token_classification") else module[head]
-    found = {key.replace("classifier.", "*."): tensor for key, tensor in body_names(tensors, family).items()}
-    found = {key.replace("*.", f"{name}."): tensor for key, tensor in found.items()}
+    body = {key: tensor for key, tensor in tensors.items() if not key.startswith("classifier.")}
+    config, _ = settings(family, head, PROBLEMS[head][0])
+    plain = config.model_copy(update={"head": "language_model", "tie_word_embeddings": True})
+    found = body_names(body, plain, family)
+    found |= {k.replace("classifier.", f"{name}."): tensor for k, tensor in tensors.items() if k not in body}
     if (family, head) == ("llama", "question_answering"):
         found = {key.replace("model.", "transformer."): tensor for key, tensor in found.items()}
     return found
