@@ -178,6 +178,9 @@ class Agent:
             return
         said = self._held + self._first.read()
         shown, traceback, rest = said.partition(_TRACEBACK)
+        if traceback:  # with what stands before it on its line
+            shown, line = shown[: shown.rfind(b"\n") + 1], shown[shown.rfind(b"\n") + 1 :]
+            traceback = line + traceback
         if not self._held:
             self._held_since = time.monotonic()
         if ended == 0 or (ended is None and time.monotonic() - self._held_since > _HOLD):
