@@ -22,6 +22,7 @@ from megalm.metrics.events import TRAINER, write_event
 from megalm.models import tuning as tunings
 from megalm.models.config import ModelConfig, TuningConfig
 from megalm.parallel.state import WEIGHT, Piece
+from megalm.sft.config import TaskConfig
 from megalm.training.config import RunConfig
 from megalm.training.plan import Plan
 from megalm.training.run import Run
@@ -29,22 +30,6 @@ from megalm.training.run import Run
 BYTES_PER_PARAMETER = 12
 """fp32 master weight and two moments."""
 
-TASK_KEYS = (
-    "kind",
-    "columns",
-    "template",
-    "prompt",
-    "train_on",
-    "arrangement",
-    "long_examples",
-    "labels",
-    "multi_label",
-    "augment",
-    "tag_at",
-    "markers",
-    "stride",
-    "unanswerable",
-)
 _SAME = (
     ("model", "it would be another model"),
     ("tuning", "other parameters would be trained"),
@@ -53,17 +38,18 @@ _SAME = (
     ("train.sequence_length", "the samples would be cut elsewhere"),
     ("train.precision", "the curve would be another"),
     ("data.attend_across_documents", "the samples would be masked otherwise"),
-    *((f"task.{key}", "the examples would be others") for key in TASK_KEYS),
+    ("task", "the examples would be others"),
     ("deepspeed", "DeepSpeed would do otherwise"),
 )
 """Keys a run keeps for life, and what would happen otherwise; the loader sees to those that order the samples."""
 _FREE = {
     "model": ("attention_backend", "norm_implementation", "init_from"),
     "tuning": ("layer_decay", "body_rate", "head_first_steps"),
+    "task": ("none_label", "longest_answer"),
 }
-"""Of sections, keys that say how, not what, the model computes and where it once started; and, as those of the
-optimizer, how fast it learns."""
-_DEFAULTS = {"model": ModelConfig(), "tuning": TuningConfig()}
+"""Of sections, keys that say how, not what, the model computes and where it once started; as those of the optimizer,
+how fast it learns; and how answers are scored."""
+_DEFAULTS = {"model": ModelConfig(), "tuning": TuningConfig(), "task": TaskConfig()}
 
 
 def directory(config: RunConfig) -> Path:
@@ -104,8 +90,10 @@ def check(manifest: Manifest, plan: Plan, name: str) -> None:
     allowed = plan.config.checkpoint.allow_changes
     for path, why in _SAME:
         then, now = _at(manifest.config, path), _at(ours, path)
-        if path in _DEFAULTS:
-            then = _DEFAULTS[path].model_dump() | (then or {})  # of a version that did not know some keys yet
+        if path == "tuning" and then is None:
+            then = {}  # of a version without that section; without a task there is none
+        if path in _DEFAULTS and then is not None and now is not None:
+            then = _DEFAULTS[path].model_dump() | then  # of a version that did not know some keys yet
             kept = [key for key in now if key not in _FREE[path]]
             changed = [(f"{path}.{key}", then.get(key), now[key]) for key in kept if then.get(key) != now[key]]
         else:
