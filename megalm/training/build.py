@@ -1,7 +1,7 @@
 """The composition root: the one place that joins the rooms into a run."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def build_engine(
     draw: False leaves weights that are not numbers for a checkpoint to fill; to draw those of a large model takes long.
     """
     model, tuning, parallel, train = config.model, config.tuning, config.parallel, config.train
-    joined.decide(lambda: tunings.check(tunings.shapes(model, tuning), tuning, tied=model.tie_word_embeddings))
+    joined.decide(lambda: tunings.check(tunings.shapes(model, tuning), tuning, tied=model.is_tied))
     layers = (
         TensorParallelLayers(joined.tensor_group, sequence_parallel=parallel.sequence_parallel)
         if parallel.tensor > 1
@@ -194,13 +194,14 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
     anomalies = Anomalies(
         train.on_nan, train.on_spike, train.spike_factor, train.max_anomalies, scaled=train.precision == "fp16"
     )
-    whole = {name: math.prod(shape) for name, shape in tunings.shapes(model, config.tuning).items()}
-    filled = found is not None or (source is not None and not any(map(tunings.is_added, whole)))
+    adds = config.tuning.adapts or model.head != "language_model"  # what another model may not have
+    filled = found is not None or (source is not None and not adds)
     built, specs = build_engine(config, joined, device, anomalies.accept, draw=not filled)
-    assert built.num_parameters == sum(whole.values()), "a weight is missing"
+    sizes = {name: math.prod(shape) for name, shape in tunings.shapes(model, config.tuning).items()}
+    assert built.num_parameters == sum(sizes.values()), "a weight is missing"
     names = [spec.name for spec in specs]
     held_out, scorers = _held_out(planned, joined)
-    facts = _facts(planned, device)
+    facts = _facts(planned, device, sizes)
     if fitness:
         facts["preflight"] = fitness.summary
     _require_same_kernels(joined, facts)
@@ -313,8 +314,8 @@ def _require_same_kernels(joined: Groups, facts: dict[str, str]) -> None:
             )
 
 
-def _facts(planned: Plan, device: torch.device) -> dict[str, str]:
-    """What was chosen for this run, for its log."""
+def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dict[str, str]:
+    """What was chosen for this run, for its log. sizes: of every parameter, by full name."""
     config = planned.config
     needs = requirements(
         config.model,
@@ -337,15 +338,14 @@ def _facts(planned: Plan, device: torch.device) -> dict[str, str]:
         "norm": f"{config.model.norm}, {resolve_norm(config.model.norm_implementation, device.type)}",
         "optimizer": "AdamW, "
         + resolve_implementation(optimizer.implementation, device.type, config.parallel.offload_optimizer),
-        **_tuning_facts(config),
+        **_tuning_facts(config, sizes),
         **({"unproved": planned.unproved} if planned.unproved else {}),
     }
 
 
-def _tuning_facts(config: RunConfig) -> dict[str, str]:
+def _tuning_facts(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, str]:
     tuning = config.tuning
     if not (tuning.adapts or tuning.freeze):
         return {}
-    sizes = {name: math.prod(shape) for name, shape in tunings.shapes(config.model, tuning).items()}
     trained = sum(size for name, size in sizes.items() if tunings.is_trained(name, tuning))
     return {"tuning": f"{tuning.method}, {trained:,} of {sum(sizes.values()):,} parameters are trained"}

@@ -15,10 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megalm.config import dump
-from megalm.data.index import ShardReader
 from megalm.errors import MegalmError
 from megalm.parallel.groups import Groups
-from megalm.sft.read import row_files
 from megalm.training.plan import Plan
 from megalm.training.whereabouts import Whereabouts
 
@@ -40,8 +38,8 @@ class Fitness:
 
 
 def examine(planned: Plan, joined: Groups, device: torch.device, whereabouts: Whereabouts) -> Fitness:
-    """Raises MegalmError on all ranks, naming the machine, if code, config or package versions differ between ranks, a
-    folder cannot be read or written from one, or a collective gives a wrong result.
+    """Raises MegalmError on all ranks, naming the machine, if code, config or package versions differ between ranks, if
+    the run's folder cannot be written from one, or a collective gives a wrong result.
     """
     started = time.perf_counter()
     whereabouts.note("preflight: code and config")
@@ -80,17 +78,12 @@ def _require_same(planned: Plan, joined: Groups, hosts: list[str]) -> None:
 
 
 def _require_folders(planned: Plan, joined: Groups, hosts: list[str]) -> None:
-    """Data can be read and the run's folder written on every machine, and it is the same folder."""
+    """The run's folder can be written on every machine, and it is the same folder. (Every rank's plan() has looked at
+    the data.)"""
     directory = Path(planned.config.run.directory)
     probe = directory / f".preflight-{joined.rank}"
     fault = ""
     try:
-        for source in (*planned.config.data.sources, *planned.config.data.held_out):
-            if planned.task is None:
-                ShardReader(source.path, planned.tokenizer)
-            else:
-                for file in row_files(source.path):
-                    file.open("rb").close()
         directory.mkdir(parents=True, exist_ok=True)
         probe.write_text(hosts[joined.rank])
     except (OSError, MegalmError) as error:

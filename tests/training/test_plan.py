@@ -326,7 +326,7 @@ def facts_of(tree: dict[str, Any]) -> dict[str, str]:
     from megalm.training.build import _facts
 
     planning.proved = lambda: Proved(frozenset(), frozenset())  # type: ignore[assignment]
-    return _facts(planning.plan(RunConfig.model_validate(tree), 1), torch.device("cpu"))
+    return _facts(planning.plan(RunConfig.model_validate(tree), 1), torch.device("cpu"), {})
 
 
 def test_what_is_not_proved_is_refused_or_allowed_and_said(
