@@ -1,32 +1,30 @@
 """Published formats of labelled data as rows: what fine-tuning reads is JSONL with named columns."""
 
-import gzip
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from megalm.data import corpus
 from megalm.data.python_corpus import docstrings
 from megalm.errors import MegalmError
+from megalm.sft.read import read_rows
+from megalm.sft.task import Refused
 
 Row = dict[str, Any]
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a text file, plain or .gz, without their ends. Raises MegalmError for what is not UTF-8."""
-    number = 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                yield number, line.rstrip("\r\n")
-    except (OSError, EOFError, zlib.error) as error:
-        raise MegalmError(f"{path} cannot be read ({error}): correct the path, or copy the file again") from None
-    except UnicodeDecodeError:
-        raise MegalmError(f"{path}:{number + 1} is not UTF-8 text: convert the file first") from None
+    """Numbered lines of a text file, plain or compressed, without their ends. Raises MegalmError as corpus.read_lines
+    does, and for what is not UTF-8."""
+    for number, line in enumerate(corpus.read_lines(path), 1):
+        try:
+            yield number, line.decode().rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise MegalmError(f"{path}:{number} is not UTF-8 text: convert the file first") from None
 
 
 def tsv(paths: Sequence[Path], names: Sequence[str] | None = None) -> Iterator[Row]:
@@ -83,49 +81,32 @@ def conll(paths: Sequence[Path]) -> Iterator[Row]:
             yield {"tokens": tokens, "tags": tags}
 
 
+def rows(paths: Sequence[Path]) -> Iterator[Row]:
+    """JSON (a list of objects), JSONL or Parquet, as it is; SQuAD's articles as a row for each question."""
+    for path in paths:
+        for number, row in read_rows(path):
+            if isinstance(row, Refused):
+                raise MegalmError(f"{path}:{number} is not a JSON object ({row}): correct the line")
+            yield dict(row)
+
+
 def squad(paths: Sequence[Path]) -> Iterator[Row]:
     """SQuAD's JSON (also CMRC 2018's) -> {id, context, question, answers: {text, answer_start}}."""
     for path in paths:
+        found = list(rows([path]))
+        if not found:
+            raise MegalmError(f"{path} is not in SQuAD's format (it has no question): name another format")
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-            for article in tree["data"]:
-                for paragraph in article["paragraphs"]:
-                    for question in paragraph["qas"]:
-                        answers = question.get("answers", [])
-                        yield {
-                            "id": str(question["id"]),
-                            "context": paragraph["context"],
-                            "question": question["question"],
-                            "answers": {
-                                "text": [answer["text"] for answer in answers],
-                                "answer_start": [answer["answer_start"] for answer in answers],
-                            },
-                        }
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            for row in found:
+                answers = row.get("answers", [])
+                yield {
+                    "id": str(row["id"]),
+                    "context": row["context"],
+                    "question": row["question"],
+                    "answers": {key: [answer[key] for answer in answers] for key in ("text", "answer_start")},
+                }
+        except (KeyError, TypeError) as error:
             raise MegalmError(f"{path} is not in SQuAD's format ({error!r}): name another format") from None
-
-
-def rows(paths: Sequence[Path]) -> Iterator[Row]:
-    """JSON (a list of objects) or JSONL, as it is."""
-    for path in paths:
-        if path.suffix == ".json":
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise MegalmError(f"{path} cannot be read as JSON ({error}): correct the path or the file") from None
-            if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-                raise MegalmError(f"{path} is not a list of JSON objects: name another format, or correct the file")
-            yield from found
-            continue
-        for number, line in read_lines(path):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = None
-                if not isinstance(row, dict):
-                    raise MegalmError(f"{path}:{number} is not a JSON object: correct the line")
-                yield row
 
 
 _SEMEVAL = re.compile(r'(\d+)\t"(.*)"\s*$')

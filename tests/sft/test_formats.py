@@ -76,6 +76,11 @@ def test_squad_with_and_without_answers(tmp_path: Path) -> None:
     assert second["answers"] == {"text": [], "answer_start": []}
 
 
+def test_lines_that_are_no_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MegalmError, match=r"file\.jsonl:2 is not a JSON object"):
+        list(formats.rows([written(tmp_path, "file.jsonl", '{"a": 1}\n[]\n')]))
+
+
 def test_rows_as_they_are(tmp_path: Path) -> None:
     whole, lines = written(tmp_path, "a.json", '[{"a": 1}, {"b": "二"}]'), written(tmp_path, "a.jsonl", '{"c": 3}\n\n')
     assert list(formats.rows([whole, lines])) == [{"a": 1}, {"b": "二"}, {"c": 3}]
@@ -97,7 +102,6 @@ def test_parallel_text(tmp_path: Path) -> None:
         (formats.squad, "[]", "not in SQuAD's format"),
         (formats.semeval, '1\t"a"\n\n', r"file:2 should name the relation"),
         (formats.parallel, "a\n", "two files"),
-        (formats.rows, '{"a": 1}\n[]\n', r"file:2 is not a JSON object"),
     ],
 )
 def test_what_is_not_in_the_format_is_refused(tmp_path: Path, read: object, text: str, message: str) -> None:
@@ -115,7 +119,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         list(formats.tsv([latin]))
     short = written(tmp_path, "a.gz", "text\tlabel\n" * 1000)
     short.write_bytes(short.read_bytes()[:-10])
-    with pytest.raises(MegalmError, match=r"a\.gz cannot be read"):
+    with pytest.raises(MegalmError, match=r"a\.gz is damaged or cut short"):
         list(formats.tsv([short]))
 
 
