@@ -9,7 +9,6 @@ are drawn by its own generator, so that scores agree within the noise that is pr
 """
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -22,6 +21,9 @@ import numpy as np
 import yaml
 
 from megalm.errors import MegalmError, main_guard
+from megalm.metrics.records import Record, read_records
+from megalm.sft.read import read_rows, row_files
+from megalm.sft.task import Refused
 
 
 def main() -> None:
@@ -29,46 +31,47 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="a finished text_classification run")
     parser.add_argument("--skip-trainer", action="store_true", help="only the bag of words")
     given = parser.parse_args()
-    config, ours = read_run(given.run)
+    config, records = read_run(given.run)
     train, held_out = (rows_of(config, part) for part in ("sources", "held_out"))
     labels = config["task"]["labels"] or sorted({label for _, label in train})
     truth = np.array([labels.index(label) for _, label in held_out])
     print(f"{len(train):,} rows to train on, {len(held_out):,} held out, {len(labels)} classes")
     found: dict[str, float | None] = {"always the largest class": most_common(train, labels, truth)}
     found["bag of words, logistic regression"] = bag_of_words(train, held_out, labels, truth)
-    found["megalm"] = ours
+    found["megalm"] = last_accuracy(records, given.run)
     if not given.skip_trainer:
-        found["Hugging Face Trainer, same start"] = trainer(config, train, held_out, labels, truth)
+        found["Hugging Face Trainer, same start"] = trainer(config, records, train, held_out, labels, truth)
     print(f"{'held-out accuracy':36}{'':>8}  +- standard error")
     for name, score in found.items():
         if score is not None:
             print(f"{name:36}{score:8.3f}  +- {math.sqrt(score * (1 - score) / len(truth)):.3f}")
 
 
-def read_run(folder: Path) -> tuple[dict[str, Any], float]:
-    """The run's config, and the accuracy that it last measured."""
+def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
+    """The run's config and its records."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        records = list(read_records(folder / "metrics.jsonl"))
     except OSError as error:
         raise MegalmError(f"{folder} is not the folder of a run ({error}): name one") from None
     if (config.get("task") or {}).get("kind") != "text_classification":
         raise MegalmError(f"{folder} is not a run of task.kind text_classification: name one")
+    return config, records
+
+
+def last_accuracy(records: list[Record], folder: Path) -> float:
     scored = [scores for record in records if (scores := record.get("scores"))]
     if not scored:
         raise MegalmError(f"{folder} was not scored yet: let it finish, with data.held_out")
-    return config, next(iter(scored[-1].values()))["accuracy"]
+    return next(iter(scored[-1].values()))["accuracy"]
 
 
 def rows_of(config: dict[str, Any], part: str) -> list[tuple[str, str]]:
-    """(text, label) of each row."""
+    """(text, label) of each row that is one."""
     columns = config["task"]["columns"]
     text, label = columns.get("text", "text"), columns.get("label", "label")
-    rows = [
-        json.loads(line)
-        for source in config["data"][part]
-        for line in Path(source["path"]).read_text(encoding="utf-8").splitlines()
-    ]
+    files = [file for source in config["data"][part] for file in row_files(source["path"])]
+    rows = [row for file in files for _, row in read_rows(file) if not isinstance(row, Refused)]
     return [(row[text], row[label]) for row in rows]
 
 
@@ -97,6 +100,7 @@ def bag_of_words(
 
 def trainer(
     config: dict[str, Any],
+    records: list[Record],
     train: list[tuple[str, str]],
     held_out: list[tuple[str, str]],
     labels: list[str],
@@ -147,7 +151,8 @@ def trainer(
             }
 
         steps, optimizer, schedule = config["train"]["steps"], config["optimizer"], config["schedule"]
-        per_step = max(1, round(examples_per_step(config, len(train))))
+        # A classifier trains one position an example, and a row of a batch holds several examples.
+        per_step = max(1, round(records[-1]["tokens"] / records[-1]["step"]))
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=steps,
@@ -172,14 +177,6 @@ def trainer(
         training.train()
         predicted = training.predict(encoded(held_out)).predictions
     return float((np.asarray(predicted).argmax(-1) == truth).mean())
-
-
-def examples_per_step(config: dict[str, Any], rows: int) -> float:
-    """Examples that a step of the run trained on average: `samples` counts rows of a batch, which hold several."""
-    records = (Path(config["run"]["directory"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    last = json.loads(records[-1])
-    # A classifier trains one position an example.
-    return last["tokens"] / last["step"]
 
 
 if __name__ == "__main__":
