@@ -13,7 +13,7 @@ import torch
 from megalm.training.config import RunConfig
 from tests.distributed.ranks import Pool, run_ranks
 from tests.distributed.reference import labelled
-from tests.distributed.test_trainer import LOSS
+from tests.distributed.test_trainer import LOSS, trainer_settings
 from tests.distributed.training import config, global_batch, join, micro_batches
 
 STEPS, RATE = 3, 3e-3
@@ -186,44 +186,25 @@ def trainer_losses(run: RunConfig, folder: Path, decay: float) -> list[float]:
     from megalm.convert import architectures
     from megalm.models.decoder import build_model, decoder
     from megalm.nn.layers import Layers
+    from tests.models.test_decoder_parity import theirs_from_ours
 
     architecture = architectures.of_model(run.model)
     described = architecture.write(run.model) | {"pad_token_id": 0}
     described |= {"problem_type": "single_label_classification"}
     theirs = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**described))
     weights = build_model(decoder(run.model, Layers(), seed=run.run.seed), run.run.seed).named_weights()
-    theirs.load_state_dict(
-        {
-            entry.theirs: entry.mapping.export([weights[name].detach() for name in entry.ours], run.model)
-            for entry in architectures.entries(architecture, run.model)
-        }
-    )
+    theirs.load_state_dict(theirs_from_ours({name: w.detach() for name, w in weights.items()}, run.model, "llama"))
     rows = [
         {"input_ids": torch.from_numpy(ids), "labels": int(label)}
         for step in range(TRAINER_STEPS)
         for ids, label in zip(*ends(run, step), strict=True)
     ]
-    optimizer = run.optimizer
-    settings = transformers.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=TRAINER_STEPS,
-        # Over several micro-batches transformers 5.23 adds up the means of this head's losses.
-        per_device_train_batch_size=run.train.global_batch_size,
-        use_cpu=True,
-        optim="adamw_torch",
+    # Over several micro-batches transformers 5.23 adds up the means of this head's losses.
+    size = run.train.global_batch_size
+    settings = trainer_settings(
+        run, folder, max_steps=TRAINER_STEPS, per_device_train_batch_size=size, learning_rate=RATE, weight_decay=decay,
         lr_scheduler_type="constant",
-        learning_rate=RATE,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        adam_epsilon=optimizer.eps,
-        weight_decay=decay,
-        max_grad_norm=optimizer.gradient_clipping,
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    )  # fmt: skip
     trainer = transformers.Trainer(theirs, settings, train_dataset=rows)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()

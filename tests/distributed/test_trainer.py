@@ -90,36 +90,48 @@ def trainer_curves(
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, share)
             return self.lr_scheduler
 
-    optimizer, ranks = run.optimizer, int(os.environ["WORLD_SIZE"])
+    ranks = int(os.environ["WORLD_SIZE"])
     curves = []
     for size in sizes:
-        settings = transformers.TrainingArguments(
-            output_dir=str(folder),
+        settings = trainer_settings(
+            run,
+            folder,
             max_steps=STEPS,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=run.train.global_batch_size // (size * ranks),
             average_tokens_across_devices=True,
-            use_cpu=True,
             ddp_find_unused_parameters=False,
             ddp_backend="gloo",
-            optim="adamw_torch",
-            learning_rate=optimizer.learning_rate,
-            adam_beta1=optimizer.beta1,
-            adam_beta2=optimizer.beta2,
-            adam_epsilon=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            max_grad_norm=optimizer.gradient_clipping,
-            train_sampling_strategy="sequential",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
         )
         trainer = Trainer(llama(run), settings, train_dataset=rows(run))
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
         curves.append([(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log])
     return curves
+
+
+def trainer_settings(run: RunConfig, folder: Path, **changes: Any) -> Any:
+    """transformers' settings of megalm's optimizer, samples in their order, each step told and nothing kept."""
+    import transformers
+
+    optimizer = run.optimizer
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "optim": "adamw_torch",
+        "learning_rate": optimizer.learning_rate,
+        "adam_beta1": optimizer.beta1,
+        "adam_beta2": optimizer.beta2,
+        "adam_epsilon": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.gradient_clipping,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return transformers.TrainingArguments(**settings | changes)
 
 
 def llama(run: RunConfig) -> Any:

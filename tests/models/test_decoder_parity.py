@@ -51,7 +51,7 @@ HF_SIZES = {
 
 def theirs_from_ours(tensors: dict[str, torch.Tensor], config: ModelConfig, family: str) -> dict[str, torch.Tensor]:
     """Our tensors (weights or gradients) under Hugging Face's names and layouts."""
-    architecture = next(known for known in ARCHITECTURES if known.model_type == family)
+    architecture = next(known for known in ARCHITECTURES if known.model_type == family).of_head(config.head)
     named = {
         entry.theirs: entry.mapping.export([tensors[name] for name in entry.ours], config)
         for entry in entries(architecture, config)
@@ -97,13 +97,20 @@ def largest_difference(config: ModelConfig, theirs: transformers.PreTrainedModel
 
     differences = [(logits[:, :VOCAB] - their_logits).abs().max(), (loss - their_loss).abs()]
     gradients = theirs_from_ours({name: p.grad for name, p in ours.named_weights().items()}, config, family)
+    differences += gradient_differences(gradients, theirs)
+    return max(difference.item() for difference in differences)
+
+
+def gradient_differences(gradients: dict[str, torch.Tensor], theirs: torch.nn.Module) -> list[torch.Tensor]:
+    """How far each gradient, under Hugging Face's names, is from that of their model, relative where it is above 1."""
     parameters = dict(theirs.named_parameters())
     assert gradients.keys() == parameters.keys()
+    found = []
     for name, gradient in gradients.items():
         reference = parameters[name].grad
-        assert reference.abs().max() > 0
-        differences.append((gradient - reference).abs().max() / reference.abs().max().clamp(min=1.0))
-    return max(difference.item() for difference in differences)
+        assert reference is not None and reference.abs().max() > 0
+        found.append((gradient - reference).abs().max() / reference.abs().max().clamp(min=1.0))
+    return found
 
 
 def llama(**changes: object) -> transformers.PreTrainedModel:

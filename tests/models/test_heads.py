@@ -16,8 +16,18 @@ from megalm.models.decoder import LayerList
 from megalm.nn.config import HeadKind
 from megalm.nn.layers import Layers
 from megalm.nn.loss import class_loss, head_loss, span_loss
-from tests.models.test_decoder_parity import BATCH, GPT2, HF_SIZES, SEQ, SIZES, TOLERANCE, VOCAB, build
-from tests.models.test_decoder_parity import theirs_from_ours as body_names
+from tests.models.test_decoder_parity import (
+    BATCH,
+    GPT2,
+    HF_SIZES,
+    SEQ,
+    SIZES,
+    TOLERANCE,
+    VOCAB,
+    build,
+    gradient_differences,
+    theirs_from_ours,
+)
 
 LABELS = 5
 LAST = torch.tensor([SEQ - 1, SEQ - 9])
@@ -92,26 +102,13 @@ def settings(family: str, head: HeadKind, problem: str) -> tuple[ModelConfig, An
     return ModelConfig(**ours), CLASSES[family][head](config)
 
 
-def their_names(tensors: dict[str, Tensor], family: str, head: str) -> dict[str, Tensor]:
-    module = {"sequence_classification": "score", "token_classification": "score", "question_answering": "qa_outputs"}
-    name = "classifier" if (family, head) == ("gpt2", "token_classification") else module[head]
-    body = {key: tensor for key, tensor in tensors.items() if not key.startswith("classifier.")}
-    config, _ = settings(family, head, PROBLEMS[head][0])
-    plain = config.model_copy(update={"head": "language_model", "tie_word_embeddings": True})
-    found = body_names(body, plain, family)
-    found |= {k.replace("classifier.", f"{name}."): tensor for k, tensor in tensors.items() if k not in body}
-    if (family, head) == ("llama", "question_answering"):
-        found = {key.replace("model.", "transformer."): tensor for key, tensor in found.items()}
-    return found
-
-
 def largest_difference(
     family: str, head: HeadKind, problem: str, plant: Callable[[LayerList], None] = lambda model: None
 ) -> float:
     """Of logits, loss and every gradient; gradients relative to the largest entry of their tensor."""
     config, theirs = settings(family, head, problem)
     ours = build(config, segmented=False)
-    found = theirs.load_state_dict(their_names(ours.named_weights(), family, head), strict=False)
+    found = theirs.load_state_dict(theirs_from_ours(ours.named_weights(), config, family), strict=False)
     assert not found.unexpected_keys
     assert not found.missing_keys
     theirs.train()
@@ -133,13 +130,8 @@ def largest_difference(
     else:
         differences = [(logits - torch.stack((their.start_logits, their.end_logits), -1)).abs().max()]
     differences.append((loss - their.loss).abs())
-    gradients = their_names({name: p.grad for name, p in ours.named_weights().items()}, family, head)
-    parameters = dict(theirs.named_parameters())
-    assert gradients.keys() == parameters.keys()
-    for name, gradient in gradients.items():
-        reference = parameters[name].grad
-        assert reference.abs().max() > 0
-        differences.append((gradient - reference).abs().max() / reference.abs().max().clamp(min=1.0))
+    gradients = theirs_from_ours({name: p.grad for name, p in ours.named_weights().items()}, config, family)
+    differences += gradient_differences(gradients, theirs)
     return max(difference.item() for difference in differences)
 
 
