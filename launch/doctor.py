@@ -11,12 +11,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from launch.target import REPOSITORY
+from megalm import nvidia_apex
 
 THERE, OPTIONAL, MISSING, WRONG = "there", "not there", "MISSING", "WRONG"
 
@@ -147,11 +147,10 @@ def _torch() -> Iterator[Finding]:
 
 
 def _apex() -> Iterator[Finding]:
-    how = "install NVIDIA's from source, with its CUDA extensions (https://github.com/NVIDIA/apex)"
-    spec = find_spec("apex")
+    how, spec = nvidia_apex.HOW_TO_INSTALL, nvidia_apex.installed()
     if spec is None:
         yield Finding("apex", OPTIONAL, f"for fused norms and AdamW: {how}")
-    elif PathFinder.find_spec("apex.optimizers", spec.submodule_search_locations or []) is None:
+    elif not nvidia_apex.is_nvidias(spec):
         words = "the PyPI project named apex is another one, not NVIDIA's"
         yield Finding("apex", WRONG, words, f"pip uninstall apex; to have it, {how}")
     else:

@@ -21,7 +21,7 @@ def find(*parts: str) -> ModuleType | None:
 
     The log says why when another package of that name, or a broken build, is here.
     """
-    spec = _spec()
+    spec = installed()
     if spec is None:
         return None
     try:
@@ -36,7 +36,7 @@ def require(key: str, *parts: str) -> ModuleType:
 
     Raises MegalmError when apex is absent, another one or broken.
     """
-    spec = _spec()
+    spec = installed()
     if spec is None:
         raise MegalmError(f"{key} is apex, but apex is not installed: {HOW_TO_INSTALL}, or set {key} to auto")
     try:
@@ -45,13 +45,18 @@ def require(key: str, *parts: str) -> ModuleType:
         raise MegalmError(f"{key} is apex, but {error}, or set {key} to auto") from error
 
 
-def _spec() -> ModuleSpec | None:
+def installed() -> ModuleSpec | None:
+    """Whatever package of that name is here, not imported."""
     return importlib.util.find_spec("apex")
+
+
+def is_nvidias(spec: ModuleSpec) -> bool:
+    return PathFinder.find_spec("apex.optimizers", spec.submodule_search_locations or []) is not None
 
 
 def _load(spec: ModuleSpec, parts: tuple[str, ...]) -> ModuleType:
     where = spec.origin or ", ".join(spec.submodule_search_locations or [])
-    if PathFinder.find_spec("apex.optimizers", spec.submodule_search_locations or []) is None:
+    if not is_nvidias(spec):
         raise MegalmError(
             f"the package apex at {where} is not NVIDIA's (the PyPI project of that name is another one): "
             f"uninstall it and {HOW_TO_INSTALL}"
