@@ -63,7 +63,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
     report = verbs.add_parser("report", help="one HTML page: curves, events, ranks")
     report.add_argument("run", type=Path, metavar="RUN")
-    report.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html")
+    report.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/launch/report.html")
     watch = verbs.add_parser("watch", help="a live view in the terminal")
     watch.add_argument("run", type=Path, metavar="RUN")
     verbs.add_parser("doctor", help="what this machine's install has, lacks, and has of the wrong kind")
@@ -162,7 +162,7 @@ def main() -> int:
     if given.verb == "report":
         from launch import report
 
-        output = given.output or given.run / "report.html"
+        output = given.output or given.run / "launch" / "report.html"
         report.write(given.run, output)
         print(f"report: {output}")
         return 0

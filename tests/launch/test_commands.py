@@ -193,7 +193,7 @@ def test_report_and_watch(launch: Launch, tmp_path: Path) -> None:
     records(tmp_path / "run")
     said = launch("report", str(tmp_path / "run"))
     assert said.returncode == 0, said.stderr
-    text = (tmp_path / "run" / "report.html").read_text()
+    text = (tmp_path / "run" / "launch" / "report.html").read_text()
     assert "http" not in text, "it is self-contained"
     assert "failed at step 50" in text and "held out: web &lt;1&gt;" in text and "class=slow>1<" in text
     pictures = [part.split("</svg>")[0] + "</svg>" for part in text.split("<svg ")[1:]]
