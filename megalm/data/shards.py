@@ -320,7 +320,7 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 
 def _begin(tokenizer: Tokenizer) -> int | None:
     """Id put before each document: none where one token is both begin and end (GPT-2)."""
-    return None if tokenizer.bos_id == tokenizer.eos_id else tokenizer.bos_id
+    return next(iter(tokenizer.begins), None)
 
 
 def _tokenise(

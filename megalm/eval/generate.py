@@ -155,8 +155,7 @@ class Generation:
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a text as the beginning of a document; what begins one, or else ends the one before, if it is empty."""
-    begins = [] if tokenizer.bos_id in (None, tokenizer.eos_id) else [tokenizer.bos_id]
-    return [*begins, *tokenizer.encode(text)] or [tokenizer.eos_id]
+    return [*tokenizer.begins, *tokenizer.encode(text)] or [tokenizer.eos_id]
 
 
 class Text:

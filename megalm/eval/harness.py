@@ -107,8 +107,7 @@ class HarnessModel(TemplateLM):
         says, as it does when the model is tuned and when it answers."""
         if self._chat and add_special_tokens is None:
             return self._chat.ids(string)
-        bos = self._text.bos_id
-        begins = [] if add_special_tokens is False or bos in (None, self._text.eos_id) else [bos]
+        begins = [] if add_special_tokens is False else self._text.begins
         return [*begins, *self._text.encode(string)]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -43,7 +43,7 @@ class TextClassification(HeadTask):
         return value
 
     def ids(self, row: Mapping[str, Any]) -> Ids:
-        whole = self.begin() + self.tokenizer.encode(self.text(row, "text"))
+        whole = self.tokenizer.begins + self.tokenizer.encode(self.text(row, "text"))
         return lambda length: whole[:length]
 
     def shown(self, row: Mapping[str, Any]) -> str:
@@ -95,7 +95,7 @@ class PairClassification(TextClassification):
 
     def ids(self, row: Mapping[str, Any]) -> Ids:
         first, second = self.tokenizer.encode_batch([self.text(row, "first"), self.text(row, "second")])
-        begin = self.begin()
+        begin = self.tokenizer.begins
 
         def at(length: int) -> list[int]:
             """The longer text gives way, down to the length of the other."""
@@ -138,7 +138,7 @@ class RelationExtraction(TextClassification):
         text, marks = self.shown(row), self.config.markers
         if any(text.count(mark) != 1 for mark in marks):
             raise Refused("entities that are not marked once each")
-        begin, body, places = self.begin(), list[int](), list[int]()
+        begin, body, places = self.tokenizer.begins, list[int](), list[int]()
         for part in re.split("|".join(f"({re.escape(mark)})" for mark in marks), text):
             if part in marks:
                 places.append(len(body))

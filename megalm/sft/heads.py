@@ -89,11 +89,6 @@ class HeadTask(ABC):
         """A text that is not empty."""
         return self.of(row).text(what)
 
-    def begin(self) -> list[int]:
-        """Ids that begin a document, as in pretraining."""
-        bos = self.tokenizer.bos_id
-        return [] if bos in (None, self.tokenizer.eos_id) else [bos]
-
     def label(self, value: Any) -> int:
         """Number of the class that a row names, or gives the number of. Raises MegalmError if there is none."""
         name = str(value)

@@ -67,7 +67,7 @@ class QuestionAnswering(HeadTask):
 
     def windows(self, question: str, context: str) -> list[Window]:
         asked, ids = self.tokenizer.encode_batch([question, context])
-        before = self.begin() + asked + [self.tokenizer.eos_id]
+        before = self.tokenizer.begins + asked + [self.tokenizer.eos_id]
         room = self.sequence_length - len(before)
         shared = self.config.stride or room // 4
         if room < 2 or shared >= room:

@@ -49,7 +49,7 @@ class TokenClassification(HeadTask):
             word if number == 0 or _UNSPACED.match(word) or _UNSPACED.match(words[number - 1][-1]) else f" {word}"
             for number, word in enumerate(words)
         ]
-        ids, places = self.begin(), []
+        ids, places = [*self.tokenizer.begins], []
         for word in self.tokenizer.encode_batch(spaced):
             if not word:
                 raise Refused("a token that the tokenizer has no ids for")

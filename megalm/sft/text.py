@@ -71,12 +71,10 @@ class ContinuationTask:
 
     def __init__(self, config: TaskConfig, tokenizer: Tokenizer) -> None:
         self._columns, self._tokenizer = config.columns, tokenizer
-        begin = tokenizer.bos_id
-        self._begins = [] if begin in (None, tokenizer.eos_id) else [begin]
 
     def examples(self, row: Mapping[str, Any]) -> list[Example]:
         text = Columns(row, self._columns).text("text")
-        ids = [*self._begins, *self._tokenizer.encode(text), self._tokenizer.eos_id]
+        ids = [*self._tokenizer.begins, *self._tokenizer.encode(text), self._tokenizer.eos_id]
         return [causal(ids, [True] * len(ids))]
 
 

@@ -29,6 +29,11 @@ class Tokenizer(ABC):
     fingerprint: str
     """Hash of everything that decides ids. Two tokenizers with the same fingerprint write the same shards."""
 
+    @property
+    def begins(self) -> list[int]:
+        """What stands before every document: bos_id, unless it only ends the document before."""
+        return [] if self.bos_id is None or self.bos_id == self.eos_id else [self.bos_id]
+
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin or end. Raises MegalmError for lone surrogates, which are not Unicode text."""
