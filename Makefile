@@ -38,7 +38,8 @@ $(STAMP): pyproject.toml constraints.txt | $(PYTHON)
 	@torch=$$($(PYTHON) -c 'from importlib.metadata import version; print(version("torch"))') && \
 		sed "s/^torch==.*/torch==$$torch/" constraints.txt > $(PINS)
 	@# DeepSpeed has no wheel: it imports torch and these to build itself; its kernels are built when first used.
-	@$(PIP) -c $(PINS) setuptools wheel ninja packaging py-cpuinfo
+	@# seqeval has none either, and asks for setuptools-scm in a way that no longer finds what that needs.
+	@$(PIP) -c $(PINS) setuptools setuptools-scm wheel ninja packaging py-cpuinfo
 	@DS_BUILD_OPS=0 $(PIP) -c $(PINS) --no-build-isolation deepspeed
 	@$(PIP) -c $(PINS) --no-build-isolation -e '.[dev]'
 	@touch $@
