@@ -44,24 +44,32 @@ class StepResult:
 
 
 class LossOrLogits:
-    """The loss; while predictions are asked for, a keeper of logits in its place.
+    """The loss; while predictions are asked for, a keeper of what logits say in its place.
 
     Every engine calls it with the logits of a micro-batch, on the rank that has them, in an order of its own.
     """
 
-    def __init__(self, loss: LossFunction):
+    def __init__(self, loss: LossFunction, gather: Callable[[Tensor], Tensor]):
+        """gather: the whole vocabulary's logits from this tensor-parallel rank's (nn.layers.Layers.gather)."""
         self._loss = loss
-        self.kept: dict[int, np.ndarray] | None = None
-        """While predictions are asked for: sample id -> logits [seq, width] of what came by on this rank."""
+        self._gather = gather
+        self.kept: dict[int, Any] | None = None
+        """While predictions are asked for: sample id -> what came by on this rank, logits [seq, width] or an id."""
+        self.vocab_size: int | None = None
+        """If set, the likeliest of so many ids is kept instead of the logits."""
 
     def __call__(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-        """logits: [tokens, width]. targets: (labels, weights), or (sample ids [batch], whatever)."""
+        """logits: [tokens, width]. targets: (labels, weights), or (sample ids [batch], mask [batch, seq]); the mask
+        has the position of each row whose next id is asked for."""
         if self.kept is None:
             return self._loss(logits, targets)
-        ids = targets[0]
-        for sample, row in zip(ids.tolist(), logits.float().cpu().unflatten(0, (len(ids), -1)).numpy(), strict=True):
-            if sample >= 0:
-                self.kept[sample] = row
+        ids, mask = targets
+        if self.vocab_size is None:
+            kept = logits.float().cpu().unflatten(0, (len(ids), -1)).numpy()
+        else:
+            asked = self._gather(logits.unflatten(0, (len(ids), -1))[torch.arange(len(ids)), mask.argmax(dim=1)])
+            kept = asked[:, : self.vocab_size].argmax(dim=-1).tolist()
+        self.kept |= {sample: each for sample, each in zip(ids.tolist(), kept, strict=True) if sample >= 0}
         return logits.new_zeros(())
 
 
@@ -166,6 +174,20 @@ class Engine(ABC):
 
         Rows of padding (sample id -1) are left out. For heads of few classes, since all of it goes through host memory.
         """
+        return _joined(self.groups.gather_to_main(self._kept(micro_batches)))
+
+    def next_tokens(self, micro_batches: Sequence[MicroBatch], vocab_size: int) -> dict[int, int]:
+        """The likeliest of `vocab_size` ids to follow the one position of each row that its mask marks, of all rows of
+        `micro_batches` on all ranks, by sample id; the same on every rank. Every rank calls it."""
+        self._loss.vocab_size = vocab_size
+        try:
+            return _joined(self.groups.gather(self._kept(micro_batches)))
+        finally:
+            self._loss.vocab_size = None
+
+    def _kept(self, micro_batches: Sequence[MicroBatch]) -> dict[int, Any]:
+        """What LossOrLogits keeps of a pass over `micro_batches`, on one rank of those that have the same."""
+        self.note("evaluation")
         self._loss.kept = {}
         batches = []
         for inputs, (_, mask) in self._padded(micro_batches):
@@ -173,9 +195,7 @@ class Engine(ABC):
             batches.append((here, (here[3], mask.to(self.device, non_blocking=True))))
         self._forward(batches)  # type: ignore[arg-type]
         mine, self._loss.kept = self._loss.kept, None
-        shares = self.groups.gather_to_main(mine if self.groups.tensor_rank == 0 else {})
-        found = {sample: row for share in shares for sample, row in share.items()}
-        return {sample: found[sample] for sample in sorted(found)}
+        return mine if self.groups.tensor_rank == 0 else {}
 
     def _padded(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """With as many blank ones behind them as an evaluation needs."""
@@ -455,14 +475,15 @@ def create(
     *,
     config: dict[str, Any],
     loss: LossFunction,
+    gather: Callable[[Tensor], Tensor],
     device: torch.device,
     gradient_clipping: float,
     accept: Callable[[float], bool],
 ) -> Engine:
-    """Wrap `module` and `optimizer` in the DeepSpeed engine that the layout asks for."""
+    """Wrap `module` and `optimizer` in the DeepSpeed engine that the layout asks for. gather: as of LossOrLogits."""
     # Norms may differ in their last bit between copies of the model; all ranks judge the same one.
     guard = StepGuard(optimizer, lambda norm: accept(groups.maximum(norm if math.isfinite(norm) else math.inf)))
-    kept = LossOrLogits(loss)
+    kept = LossOrLogits(loss, gather)
     if _is_pipeline(module):
         module.loss_fn = kept  # type: ignore[assignment]
     with quiet():
@@ -471,6 +492,12 @@ def create(
         )
     kind = _PipelineEngine if _is_pipeline(module) else _ZeroEngine
     return kind(engine, groups, guard, device, gradient_clipping, kept)
+
+
+def _joined(shares: Sequence[dict[int, Any]]) -> dict[int, Any]:
+    """What ranks found, in the order of sample ids."""
+    found = {sample: each for share in shares for sample, each in share.items()}
+    return {sample: found[sample] for sample in sorted(found)}
 
 
 def _is_pipeline(module: nn.Module) -> bool:

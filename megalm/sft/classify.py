@@ -14,9 +14,9 @@ from megalm.data.config import DataConfig
 from megalm.data.examples import Example
 from megalm.sft import metrics
 from megalm.sft.config import TaskConfig
-from megalm.sft.heads import HeadTask, Shortened
+from megalm.sft.heads import HeadTask
 from megalm.sft.report import Prediction
-from megalm.sft.task import Refused
+from megalm.sft.task import Refused, Shortened
 from megalm.tokenizer.base import Tokenizer
 
 Ids = Callable[[int], list[int]]

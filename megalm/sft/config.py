@@ -24,6 +24,26 @@ CLASSIFICATION: tuple[TaskKind, ...] = ("text_classification", "pair_classificat
 """Kinds of which a row has one label, or several if multi_label."""
 
 
+ANSWERED: tuple[TaskKind, ...] = ("chat", "dialogue", "summarization", "translation")
+"""Kinds of which a row asks something that is answered by text."""
+
+_CLASSES = ("accuracy", "macro_f1", "micro_f1")
+_ENTITIES = ("precision", "recall", "f1")
+_ROUGE, _BLEU = ("rouge1", "rouge2", "rougeL"), ("bleu", "chrf")
+_SCORES: dict[TaskKind, tuple[str, ...]] = {
+    "chat": (*_BLEU, *_ROUGE),
+    "dialogue": (*_BLEU, *_ROUGE),
+    "summarization": _ROUGE,
+    "translation": _BLEU,
+    "continuation": (),
+    "text_classification": _CLASSES,
+    "pair_classification": _CLASSES,
+    "relation_extraction": (*_ENTITIES, *_CLASSES),
+    "token_classification": (*_ENTITIES, "token_accuracy"),
+    "question_answering": ("exact_match", "f1"),
+}
+
+
 class AugmentConfig(Config):
     """More from the same training rows; what is held out stays as it is."""
 
@@ -99,3 +119,16 @@ class TaskConfig(Config):
             what = "several labels" if self.multi_label else f"the kind {self.kind}"
             raise ValueError(f"task.augment.class_alpha needs one label a row, and {what} has not: leave it at 1")
         return self
+
+
+def scores_of(task: TaskConfig | None, answers: bool) -> list[str]:
+    """Names of what an evaluation says, the loss first. task: None in pretraining. answers: whether the model writes
+    them (evaluate.max_new_tokens)."""
+    if task is None:
+        return ["loss", "bits_per_byte"]
+    scores = _SCORES[task.kind]
+    if task.multi_label:
+        scores = ("subset_accuracy", *_CLASSES[1:])
+    if task.kind in (*ANSWERED, "continuation"):
+        return ["loss", "bits_per_byte", "perplexity", *(scores if answers else ())]
+    return ["loss", *scores]

@@ -28,7 +28,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def tsv(paths: Sequence[Path], names: Sequence[str] | None = None) -> Iterator[Row]:
-    """text TAB label -> {text, label}; text TAB pair TAB label -> {text, pair, label}.
+    """text TAB label -> {text, label}; text TAB text TAB label -> {sentence1, sentence2, label}.
 
     names: of the classes, where the file holds their numbers.
     """
@@ -39,8 +39,8 @@ def tsv(paths: Sequence[Path], names: Sequence[str] | None = None) -> Iterator[R
             parts = line.split("\t")
             if len(parts) not in (2, 3):
                 raise MegalmError(
-                    f"{path}:{number} has {len(parts)} columns between tabs, not text and label, nor text, pair and "
-                    "label: correct the line"
+                    f"{path}:{number} has {len(parts)} columns between tabs, not text and label, nor two texts "
+                    "and label: correct the line"
                 )
             label = parts[-1].strip()
             if names is not None:
@@ -50,15 +50,8 @@ def tsv(paths: Sequence[Path], names: Sequence[str] | None = None) -> Iterator[R
                         "correct either"
                     )
                 label = names[int(label)]
-            yield (
-                {"text": parts[0], "label": label}
-                if len(parts) == 2
-                else {
-                    "text": parts[0],
-                    "pair": parts[1],
-                    "label": label,
-                }
-            )
+            names_of = ("text",) if len(parts) == 2 else ("sentence1", "sentence2")
+            yield {**dict(zip(names_of, parts)), "label": label}
 
 
 def conll(paths: Sequence[Path]) -> Iterator[Row]:

@@ -1,8 +1,7 @@
 """What tasks with a head of their own share: columns, classes, and predictions that can be scored."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,16 +16,6 @@ from megalm.sft.read import read_rows, row_files
 from megalm.sft.report import Prediction
 from megalm.sft.task import Refused
 from megalm.tokenizer.base import Tokenizer
-
-
-@dataclass(frozen=True)
-class Shortened(Example):
-    """An example that knows what it can do without: `at` gives the one of so many positions."""
-
-    at: Callable[[int], Example]
-
-    def cut(self, length: int) -> Example:
-        return self.at(length)
 
 
 class HeadTask(ABC):

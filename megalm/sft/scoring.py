@@ -19,7 +19,10 @@ class Scorer:
 
     def __init__(self, task: HeadTask, rows: Rows, chosen: np.ndarray) -> None:
         """rows: of one example set. chosen: those that are evaluated (data.loader.held_out_samples)."""
-        self.task = task
+        self.kind = task.config.kind
+        self.labels = task.labels
+        self.score = task.score
+        self._task = task
         [self._set] = rows.sets
         self._placed = [rows.examples_in(int(number)) for number in chosen]
         # Examples of one line stand behind one another: where each line's begin.
@@ -43,7 +46,7 @@ class Scorer:
         said = []
         for row, line in zip(rows, lines, strict=True):
             file, number = self._set.origin(line[0])
-            prediction = self.task.predict(row, [found.get(number, nothing) for number in line])
+            prediction = self._task.predict(row, [found.get(number, nothing) for number in line])
             said.append(replace(prediction, file=file, row=number))
         return said
 

@@ -1,6 +1,7 @@
 """The seam between rows of data and the trainer: what every kind of fine-tuning says of itself."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megalm.data.examples import Example
@@ -8,6 +9,16 @@ from megalm.data.examples import Example
 
 class Refused(Exception):
     """A row that cannot be trained on, and why, in a few words; it is counted under them and left out."""
+
+
+@dataclass(frozen=True)
+class Shortened(Example):
+    """An example that knows what it can do without: `at` gives the one of so many positions."""
+
+    at: Callable[[int], Example]
+
+    def cut(self, length: int) -> Example:
+        return self.at(length)
 
 
 class Task(Protocol):

@@ -6,6 +6,7 @@ Each is a way from a row to a conversation; the template, the mask and the ids a
 import hashlib
 import string
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megalm.data.examples import Example
 from megalm.errors import MegalmError
 from megalm.sft.config import TaskConfig, TaskKind
 from megalm.sft.messages import Columns, Conversation, alternating, conversation
-from megalm.sft.task import Refused
+from megalm.sft.task import Refused, Shortened
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.chat import NAMED, Chat, Unmarked, lacking, read_template
 
@@ -44,11 +45,13 @@ class ConversationTask:
         self._read = read
 
     def examples(self, row: Mapping[str, Any]) -> list[Example]:
-        found = self._read(row)
+        return [self._example(self._read(row))]
+
+    def _example(self, found: Conversation) -> Example:
         try:
             if self._config.train_on == "all":
                 ids = self.chat.encode(found.messages, reply=False, tools=found.tools)
-                return [causal(ids, [True] * len(ids))]
+                return causal(ids, [True] * len(ids))
             ids, turns = self.chat.answers(found.messages, found.tools)
         except Unmarked:
             raise
@@ -61,7 +64,35 @@ class ConversationTask:
             trained[start:stop] = True
         if not trained[1:].any():
             raise Refused("no token of the assistant in what the template writes")
-        return [causal(ids, trained)]
+        return causal(ids, trained)
+
+
+class SummaryTask(ConversationTask):
+    """A document and what is said of it: a long one is cut, not the summary behind it."""
+
+    def __init__(
+        self, config: TaskConfig, chat: Chat, read: Callable[[Mapping[str, Any], str | None], Conversation]
+    ) -> None:
+        """read: given also a text in the document's place, if there is one."""
+        super().__init__(config, chat, lambda row: read(row, None))
+        self._read_with = read
+
+    def examples(self, row: Mapping[str, Any]) -> list[Example]:
+        [whole] = super().examples(row)
+        return [Shortened(whole.ids, whole.labels, whole.weights, partial(self._at, row, whole))]
+
+    def _at(self, row: Mapping[str, Any], whole: Example, length: int) -> Example:
+        """As much of the document as leaves `length` positions in all; if that is nothing, the example's beginning."""
+        tokenizer = self.chat.tokenizer
+        ids = tokenizer.encode(Columns(row, self._config.columns).text("document"))
+        example, keep = Example(whole.ids, whole.labels, whole.weights), len(ids)
+        while (excess := len(example.ids) - length) > 0:
+            keep -= excess  # once more if the pieces do not merge as before
+            beginning = tokenizer.decode(ids[: max(keep, 0)]).rstrip("\ufffd")  # of half a character
+            if not beginning.strip():
+                return whole.cut(length)
+            example = self._example(self._read_with(row, beginning))
+        return example
 
 
 class ContinuationTask:
@@ -105,9 +136,11 @@ def open_asked(config: TaskConfig, data: DataConfig, tokenizer: Tokenizer, seque
         if wrong := sorted(set(named) - set(known)):
             raise MegalmError(f"task.prompt names {{{wrong[0]}}}: {config.kind} knows {', '.join(known)}")
 
-    def read(row: Mapping[str, Any]) -> Conversation:
+    def read(row: Mapping[str, Any], document: str | None = None) -> Conversation:
         columns = Columns(row, config.columns)
         values = {name: columns.text(name) for name in (asked_of, answer)}
+        if document is not None:
+            values[asked_of] = document
         given = {name: columns.get(name) for name in languages}
         values |= {name: value for name, value in given.items() if isinstance(value, str)}
         usual = BETWEEN_LANGUAGES if all(given.values()) else PROMPTS[config.kind]
@@ -118,7 +151,8 @@ def open_asked(config: TaskConfig, data: DataConfig, tokenizer: Tokenizer, seque
         said = {"user": asked, "assistant": values[answer]}
         return Conversation([{"role": role, "content": content} for role, content in said.items()])
 
-    return ConversationTask(config, _chat(config, data, tokenizer, fallback="plain"), read)
+    kind = SummaryTask if config.kind == "summarization" else ConversationTask
+    return kind(config, _chat(config, data, tokenizer, fallback="plain"), read)
 
 
 def open_continuation(

@@ -30,8 +30,10 @@ from megalm.parallel.engine import Engine
 from megalm.parallel.groups import Groups
 from megalm.parallel.pipeline import pipeline_module
 from megalm.parallel.tensor import TensorParallelLayers
+from megalm.sft.answers import Answers
 from megalm.sft.heads import HeadTask
 from megalm.sft.scoring import Scorer
+from megalm.sft.text import ConversationTask
 from megalm.training import preflight, resume
 from megalm.training.callbacks.anomalies import Anomalies
 from megalm.training.callbacks.checkpoints import Checkpoints
@@ -126,6 +128,7 @@ def build_engine(
         joined,
         config=settings,
         loss=loss,
+        gather=layers.gather,
         device=device,
         gradient_clipping=config.optimizer.gradient_clipping,
         accept=accept,
@@ -257,11 +260,12 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
     return run
 
 
-def _held_out(planned: Plan, joined: Groups) -> tuple[dict[str, list[engine.MicroBatch]], dict[str, Scorer]]:
+def _held_out(planned: Plan, joined: Groups) -> tuple[dict[str, list[engine.MicroBatch]], dict[str, Scorer | Answers]]:
     """This rank's micro-batches of every held-out corpus, by the shortest end of its path that tells it apart; and what
-    scores them, where the task has a head of its own."""
+    scores them, where the task has a head of its own or the model writes answers."""
     config, sources = planned.config, planned.config.data.held_out
-    batches, scorers = {}, {}
+    batches: dict[str, list[engine.MicroBatch]] = {}
+    scorers: dict[str, Scorer | Answers] = {}
     for name, source in zip(_short_names([source.path for source in sources]), sources, strict=True):
         samples = open_samples(config, planned.tokenizer, planned.task, [source], joined.decide)
         found = held_out_batches(
@@ -275,6 +279,21 @@ def _held_out(planned: Plan, joined: Groups) -> tuple[dict[str, list[engine.Micr
         if isinstance(planned.task, HeadTask):
             assert isinstance(samples, Rows)
             scorers[name] = Scorer(planned.task, samples, held_out_samples(samples, config.evaluate.sequences))
+        elif config.evaluate.max_new_tokens:
+            assert config.task and isinstance(planned.task, ConversationTask) and isinstance(samples, Rows)
+            scorers[name] = Answers(
+                config.task.kind,
+                planned.task,
+                samples,
+                held_out_samples(samples, config.evaluate.sequences),
+                rank=joined.data_rank,
+                size=planned.layout.data,
+                micro_batch_size=config.train.micro_batch_size,
+                sequence_length=config.train.sequence_length,
+                fixed_length=config.parallel.pipeline > 1,
+                multiple=config.parallel.tensor if config.parallel.sequence_parallel else 1,
+                max_new_tokens=config.evaluate.max_new_tokens,
+            )
     return batches, scorers
 
 

@@ -12,7 +12,7 @@ from megalm.models.config import ModelConfig, TuningConfig
 from megalm.optim.config import OptimizerConfig, ScheduleConfig
 from megalm.parallel.config import ParallelConfig
 from megalm.parallel.deepspeed_config import check_pass_through
-from megalm.sft.config import TaskConfig
+from megalm.sft.config import ANSWERED, TaskConfig, scores_of
 from megalm.sft.metrics import GREATER_IS_BETTER
 
 
@@ -65,6 +65,9 @@ class EvaluateSection(Config):
     """Passes over data.sources between evaluations, in place of `every`: 1 evaluates after each, 0.5 twice in each."""
     sequences: PositiveInt = 64
     """Sequences per held-out corpus, spread evenly over it and always the same."""
+    max_new_tokens: NonNegativeInt = 0
+    """chat, dialogue, summarization, translation: the model answers what these sequences ask, greedily and in so many
+    tokens at most, and its answers are scored. Each token takes a pass over the sequences. 0: no answers."""
     metric: str = "loss"
     """What patience and keep_best go by: `loss`, `bits_per_byte` or a score of the task. Of several held-out corpora,
     their mean."""
@@ -170,14 +173,18 @@ class RunConfig(Config):
         if self.evaluate.selects and not held_out:
             key = "patience" if self.evaluate.patience else "keep_best"
             raise ValueError(f"evaluate.{key} needs something to evaluate: name a corpus in data.held_out")
-        if (
-            self.evaluate.selects
-            and self.task is None
-            and self.evaluate.metric not in (known := ("loss", "bits_per_byte"))
-        ):
+        answers = self.evaluate.max_new_tokens > 0
+        if answers and (self.task is None or self.task.kind not in ANSWERED or self.task.train_on == "all"):
+            why = "task.train_on all does not tell answers from questions" if self.task else "there is no task"
+            if self.task and self.task.kind not in ANSWERED:
+                why = f"a row of {self.task.kind} has no answer that is written"
+            raise ValueError(f"evaluate.max_new_tokens asks for answers, and {why}: leave it out")
+        known = scores_of(self.task, answers)
+        if self.evaluate.selects and self.evaluate.metric not in known:
+            way = ", or set evaluate.max_new_tokens" if self.evaluate.metric in scores_of(self.task, True) else ""
             raise ValueError(
-                f"evaluate.metric {self.evaluate.metric} is a score of fine-tuning, and without a task a run has only "
-                f"{' and '.join(known)}: choose one of them"
+                f"evaluate.metric {self.evaluate.metric} is not among what this run's evaluations say "
+                f"({', '.join(known)}): name one of these{way}"
             )
         if not self.data.sources:
             raise ValueError("data.sources is empty: name at least one shard folder")

@@ -44,7 +44,7 @@ def test_tsv_of_one_text_or_two(tmp_path: Path) -> None:
     assert list(formats.tsv([path])) == [
         {"text": "good film", "label": "pos"},
         {"text": "bad", "label": "neg"},
-        {"text": "is it?", "pair": "it is", "label": "yes"},
+        {"sentence1": "is it?", "sentence2": "it is", "label": "yes"},
     ]
 
 

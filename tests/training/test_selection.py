@@ -117,7 +117,7 @@ def test_a_metric_that_no_evaluation_says_is_refused() -> None:
     [
         ({"metric": "acuracy"}, "acuracy is not one of megalm's"),
         ({"every": 3, "epochs": 1}, "exclude each other"),
-        ({"metric": "accuracy", "patience": 1}, "only loss and bits_per_byte"),
+        ({"metric": "accuracy", "patience": 1}, "\\(loss, bits_per_byte\\)"),
     ],
 )
 def test_mistakes_are_refused(settings: Settings, section: dict[str, Any], why: str) -> None:

@@ -2,10 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from megalm.sft.answers import Answers
+from megalm.sft.metrics import perplexity
 from megalm.sft.report import Prediction, Predictions, write_predictions
 from megalm.sft.scoring import Scorer
+from megalm.training.loop import tensors
 from megalm.training.run import Callback, Run
 
 
@@ -14,15 +18,16 @@ class Evaluation(Callback):
     evaluate.every steps, or evaluate.epochs passes over the data, and at the end.
 
     Both are over all tokens of a corpus's held-out sequences, on all ranks: the layout does not enter. Bits per byte
-    can be compared between tokenizers. A task with a head of its own has {corpus: {metric: value}} as `scores` instead
-    of the latter, and its predictions in RUN/predictions.
+    can be compared between tokenizers. Fine-tuning has {corpus: {metric: value}} as `scores`: of text the perplexity,
+    and where the model writes answers their scores; of a head of its own those of its classes, and no bits per byte.
+    What was said is in RUN/predictions.
     """
 
     def __init__(
         self,
         every: int,
         held_out_bytes: dict[str, int],
-        scorers: Mapping[str, Scorer] | None = None,
+        scorers: Mapping[str, Scorer | Answers] | None = None,
         between: float = 0.0,
     ) -> None:
         """held_out_bytes: of the text that the corpus's evaluated tokens stand for. scorers: by corpus. between:
@@ -42,11 +47,14 @@ class Evaluation(Callback):
             record["held_out"][name] = loss
             if self._bytes.get(name):
                 record["bits_per_byte"][name] = loss * tokens / math.log(2) / self._bytes[name]
-            if name in self._scorers:
-                record["scores"][name] = self._score(run, name)
+            scores = self._score(run, name) if name in self._scorers else {}
+            if run.config.task and run.config.model.head == "language_model":
+                scores |= perplexity(loss)
+            if scores:
+                record["scores"][name] = scores
         if self._said and run.is_main:
-            task = next(iter(self._scorers.values())).task
-            write_predictions(run.directory, Predictions(run.step, task.config.kind, task.labels, self._said))
+            scorer = next(iter(self._scorers.values()))
+            write_predictions(run.directory, Predictions(run.step, scorer.kind, scorer.labels, self._said))
         for key in ("bits_per_byte", "scores"):
             if not record[key]:
                 del record[key]
@@ -60,10 +68,15 @@ class Evaluation(Callback):
     def _score(self, run: Run, name: str) -> dict[str, float]:
         """The same on every rank."""
         scorer = self._scorers[name]
-        logits = run.engine.predict(run.held_out[name])
+        if isinstance(scorer, Answers):
+            vocab_size = run.plan.tokenizer.vocab_size
+            written = scorer.write(lambda batches: run.engine.next_tokens([*map(tensors, batches)], vocab_size))
+            said = partial(scorer.predictions, written)
+        else:
+            said = partial(scorer.predictions, run.engine.predict(run.held_out[name]))
 
         def score() -> dict[str, float]:
-            self._said[name] = scorer.predictions(logits)
-            return scorer.task.score(self._said[name])
+            self._said[name] = said()
+            return scorer.score(self._said[name])
 
         return run.groups.decide(score)
