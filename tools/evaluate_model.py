@@ -149,10 +149,10 @@ def load_checkpoint(given: argparse.Namespace, ranks: int) -> tuple[Any, Any, di
     }
     chat = None
     if given.apply_chat_template:
-        from megalm.eval.load import tokenizer_path
-        from megalm.tokenizer.chat import Chat, read_template
+        from megalm.eval.load import chat_template
+        from megalm.tokenizer.chat import Chat
 
-        chat = Chat(tokenizer, read_template(given.tokenizer or tokenizer_path(given.checkpoint)))
+        chat = Chat(tokenizer, chat_template(given.checkpoint, given.tokenizer))
     groups = place.groups if place else None
     return place, HarnessModel(model, config, tokenizer, batch_size=given.batch_size, ranks=groups, chat=chat), about
 

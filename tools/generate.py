@@ -49,7 +49,7 @@ def main() -> None:
     import torch  # from here on imports take seconds
 
     from megalm.eval.generate import Sampling, collect, encode_prompt, generate
-    from megalm.eval.load import load_model, tokenizer_path
+    from megalm.eval.load import load_model
 
     temperature = 0.0 if given.greedy else given.temperature
     sampling = Sampling(temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty)
@@ -75,9 +75,10 @@ def main() -> None:
         seed=given.seed,
     )
     if given.chat:
-        from megalm.tokenizer.chat import Chat, read_template
+        from megalm.eval.load import chat_template
+        from megalm.tokenizer.chat import Chat
 
-        chat = Chat(tokenizer, read_template(given.tokenizer or tokenizer_path(given.path)))
+        chat = Chat(tokenizer, chat_template(given.path, given.tokenizer))
         talk(chat, run, given.system, given.prompt, (lambda: place.groups.decide(ask)) if place else ask, say)
     else:
         encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]

@@ -39,6 +39,7 @@ from megalm.convert.sources import CheckpointSource, FolderSource
 from megalm.errors import MegalmError
 from megalm.models.config import ModelConfig
 from megalm.tokenizer.base import Tokenizer
+from megalm.tokenizer.chat import Chat, read_template
 from megalm.tokenizer.load import load as load_tokenizer
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -106,8 +107,10 @@ def to_hf(
         with _unfinished(output, plan) as partial:
             _write_shards(partial, files, entries, config, weight, workers, report)
             blend = manifest.data.get("blend", {})
-            _write_config(partial, architecture, config, loaded, rounded["embedding.table.weight"], blend)
-            notes = tokenizer_files.export(path, loaded, partial, config.max_position_embeddings)
+            trained_with = blend.get("chat_template")
+            stops = _ends_of_turns(loaded, trained_with or read_template(path))
+            _write_config(partial, architecture, config, loaded, rounded["embedding.table.weight"], blend, stops)
+            notes = tokenizer_files.export(path, loaded, partial, config.max_position_embeddings, trained_with)
             verdict = None
             if verify:
                 report("comparing with transformers", 0, 1)
@@ -278,6 +281,16 @@ def _write_shards(
     write_index(folder, files)
 
 
+def _ends_of_turns(tokenizer: Tokenizer, template: str | None) -> list[int]:
+    """Ids that end the assistant's turn in a chat template, other than the end of a document."""
+    if template is None:
+        return []
+    try:
+        return sorted(Chat(tokenizer, template).ends - {tokenizer.eos_id})
+    except MegalmError:  # one that takes other messages than a question and its answer
+        return []
+
+
 def _write_config(
     folder: Path,
     architecture: Architecture,
@@ -285,15 +298,18 @@ def _write_config(
     tokenizer: Tokenizer,
     dtype: str,
     task: Mapping[str, Any],
+    stops: list[int],
 ) -> None:
-    """task: what a task with a head of its own kept in the checkpoint (sft.heads.HeadTask.facts)."""
+    """task: what a task with a head of its own kept in the checkpoint (sft.heads.HeadTask.facts). stops: ids that end
+    an answer, beside the end of a document."""
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
     # A class is read at the last token that is no padding, so transformers must know padding; no row ends with an end.
     if tokenizer.pad_id != tokenizer.eos_id or config.head == "sequence_classification":
         ends["pad_token_id"] = tokenizer.pad_id
     written = architecture.write(config) | ends | {"torch_dtype": dtype}
     if config.head == "language_model":
-        write_json(folder / "generation_config.json", {key: i for key, i in ends.items() if i is not None})
+        generation = ends | ({"eos_token_id": [tokenizer.eos_id, *stops]} if stops else {})
+        write_json(folder / "generation_config.json", {key: i for key, i in generation.items() if i is not None})
     elif task.get("labels"):
         written |= label_keys(task["labels"])
     if config.head == "sequence_classification":

@@ -8,7 +8,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from megalm.errors import MegalmError
 from megalm.tokenizer.base import Tokenizer
@@ -22,8 +22,9 @@ COMPANIONS = (SETTINGS_FILE, "special_tokens_map.json", TEMPLATE_FILE)
 """Files beside a tokenizer.json that say what its ends are and how a chat is written."""
 
 
-def export(path: Path, tokenizer: Tokenizer, folder: Path, longest: int) -> list[str]:
-    """Write the tokenizer that was loaded from `path` for transformers. longest: sequence of the model.
+def export(path: Path, tokenizer: Tokenizer, folder: Path, longest: int, template: str | None = None) -> list[str]:
+    """Write the tokenizer that was loaded from `path` for transformers. longest: sequence of the model. template: of
+    chats, in place of the one beside it.
 
     Returns what a user should know of it, a sentence each.
 
@@ -33,11 +34,18 @@ def export(path: Path, tokenizer: Tokenizer, folder: Path, longest: int) -> list
     for name in COMPANIONS:
         if (beside / name).exists():
             shutil.copyfile(beside / name, folder / name)
+    if template is not None:
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     if tokenizer.kind == "huggingface":
         shutil.copyfile(path / TOKENIZER_FILE if path.is_dir() else path, folder / TOKENIZER_FILE)
         made = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
     else:
         made = from_sentencepiece(path / MODEL_FILE if path.is_dir() else path)
+        if begins := [(str(made.id_to_token(i)), i) for i in tokenizer.begins]:
+            named = " ".join(token for token, _ in begins)
+            made.post_processor = processors.TemplateProcessing(
+                single=f"{named} $A", pair=f"{named} $A {named} $B", special_tokens=begins
+            )
         made.save(str(folder / TOKENIZER_FILE))
     settings: dict[str, Any] = {}
     if (folder / SETTINGS_FILE).exists():

@@ -17,6 +17,7 @@ from megalm.models.tuning import tuned_decoder
 from megalm.nn.init import spec_of
 from megalm.nn.layers import Layers
 from megalm.tokenizer.base import Tokenizer
+from megalm.tokenizer.chat import read_template
 from megalm.tokenizer.load import load as load_tokenizer
 
 
@@ -79,9 +80,14 @@ def load_model(
     return model.eval().requires_grad_(False), config, loaded
 
 
-def tokenizer_path(path: str | Path) -> str:
-    """Where the tokenizer was that a run or checkpoint was trained with."""
-    return manifests.read(checkpoints.resolve(Path(path))).config["data"]["tokenizer"]
+def chat_template(path: str | Path, tokenizer: str | Path | None = None) -> str | None:
+    """The chat template that a run or checkpoint was fine-tuned with, else the one beside its tokenizer, if any.
+
+    tokenizer: its path, where it has moved since the run.
+    """
+    manifest = manifests.read(checkpoints.resolve(Path(path)))
+    trained_with = manifest.data.get("blend", {}).get("chat_template")
+    return trained_with or read_template(tokenizer or manifest.config["data"]["tokenizer"])
 
 
 def _tokenizer(path: str | Path, config: ModelConfig, manifest: Manifest, folder: Path) -> Tokenizer:

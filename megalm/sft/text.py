@@ -40,7 +40,9 @@ class ConversationTask:
 
     def __init__(self, config: TaskConfig, chat: Chat, read: Callable[[Mapping[str, Any]], Conversation]) -> None:
         self.chat = chat
-        self.facts: Mapping[str, Any] = {"template": hashlib.sha256(chat.template.encode()).hexdigest()}
+        # The hash is compared when a run goes on; the text is what generation and exports need.
+        template = {"template": hashlib.sha256(chat.template.encode()).hexdigest(), "chat_template": chat.template}
+        self.facts: Mapping[str, Any] = template
         self._config = config
         self._read = read
 

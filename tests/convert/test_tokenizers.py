@@ -14,6 +14,8 @@ from megalm.convert.conversion import from_hf, to_hf
 from megalm.convert.gate import TEXT
 from megalm.convert.tokenizer_files import from_sentencepiece
 from megalm.errors import MegalmError
+from megalm.eval.load import chat_template
+from megalm.tokenizer.chat import NAMED
 from megalm.tokenizer.load import load
 from megalm.tokenizer.train import train
 from tests.convert import models
@@ -105,6 +107,29 @@ def test_a_dummy_prefix_is_kept(tmp_path: Path) -> None:
     texts = [text for text in strings() if "\x00" not in text]
     assert not [t for t in texts if made.encode(t, add_special_tokens=False).ids != ours.encode(t)]
     assert made.decode(ours.encode("a b")) == "a b"
+    # by default transformers puts before a text what megalm puts before a document
+    (tmp_path / "out").mkdir()
+    tokenizer_files.export(tmp_path / "llama.model", ours, tmp_path / "out", 64)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert ours.begins and theirs("a b")["input_ids"] == [*ours.begins, *ours.encode("a b")]
+
+
+def test_a_chat_goes_with_the_model(tmp_path: Path) -> None:
+    """The template that the run was fine-tuned with, and the end of a turn as one of generation's ends."""
+    path = save_tokenizer(tmp_path / "bytes", ends=("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    model, config = models.build(vocab_size=300)
+    for template, stops in ((NAMED["chatml"], ["<|im_end|>"]), (NAMED["plain"], []), (None, None)):
+        blend = {"chat_template": template} if template else {}
+        step = models.checkpoint(tmp_path / "run", model, config, path, blend=blend)
+        assert chat_template(step) == template
+        to_hf(step, tmp_path / "hf", verify=False)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+        assert theirs.chat_template == template
+        written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+        expected = [theirs.eos_token_id, *theirs.convert_tokens_to_ids(stops or [])]
+        assert written == (expected if stops else expected[0])
+        shutil.rmtree(tmp_path / "hf")
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_any_tokenizer_json_goes_there_and_back(tmp_path: Path) -> None:

@@ -23,7 +23,16 @@ from tests.sft.conftest import write_rows
 from tests.sft.test_training import tree_of
 from tests.training.runs import curve, train_run
 
-NUMBERS = dict(zip("eins zwei drei vier 五 六 七 八".split(), "one two three four five six seven eight".split()))
+NUMBERS = {
+    "eins": "one",
+    "zwei": "two",
+    "drei": "three",
+    "vier": "four",
+    "五": "five",
+    "六": "six",
+    "七": "seven",
+    "八": "eight",
+}
 MOST = 16
 KIND: dict[str, Any] = {
     "task": {"kind": "translation", "prompt": "{source}"},
@@ -44,7 +53,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def tree(folder: Path, tokenizer_folder: Path, name: str, **sections: Any) -> dict[str, Any]:
-    rows = [{"source": f"{a} {b}", "target": f"{x} {y} {x} {y}"} for a, x in NUMBERS.items() for b, y in NUMBERS.items()]
+    rows = [
+        {"source": f"{a} {b}", "target": f"{x} {y} {x} {y}"} for a, x in NUMBERS.items() for b, y in NUMBERS.items()
+    ]
     path = str(write_rows(folder / "numbers.jsonl", rows))
     made = tree_of(folder, tokenizer_folder, [], run={"directory": str(folder / name)}, **KIND)
     made["data"] |= {"sources": [{"path": path}], "held_out": [{"path": path}]}

@@ -242,6 +242,20 @@ def test_text_tasks(
         task.examples({"other": "x"})
 
 
+def test_a_long_document_is_cut_and_its_summary_is_not(tokenizer_folder: Path, tokenizer: Tokenizer) -> None:
+    task = task_of(tokenizer_folder, tokenizer, kind="summarization")
+    row = {"document": "文章 word " * 200, "summary": "all of it"}
+    [whole] = task.examples(row)
+    for length in (80, 101):
+        cut = whole.cut(length)
+        assert length - 4 <= len(cut.ids) <= length, "as much of the document as there is room for"
+        assert texts_of(tokenizer, cut) == ["all of it<|im_end|>"]
+        said = tokenizer.decode(cut.ids)
+        assert "Summarize the following text.\n\n文章 word 文章" in said and "\ufffd" not in said
+    assert not whole.cut(10).weights.any(), "the question alone is longer"
+    assert texts_of(tokenizer, Example.cut(whole, 80)) == [], "negative control"
+
+
 def test_continuation_trains_on_all_of_the_text(tokenizer_folder: Path, tokenizer: Tokenizer) -> None:
     [example] = task_of(tokenizer_folder, tokenizer, kind="continuation").examples({"text": "a<s>b"})
     assert texts_of(tokenizer, example) == ["a<s>b<|endoftext|>"] and example.ids[0] == tokenizer.bos_id
