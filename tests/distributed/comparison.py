@@ -10,6 +10,11 @@ order of their sums (rows shuffled, batches cut into micro-batches of several si
 layout may be FACTOR times as far as the farthest of them (or as FACTOR roundings of an fp32 number, where they all
 happen to hit). A layout sums in yet another order, over ranks and over slices of a matrix product, and so lands at
 another distance of the same size; a missing term, a wrong scale or a swapped slice is a thousand times as far in fp32.
+
+What a gradient is allowed, AdamW hands on to the weights, divided by the size of each number's own gradients: where a
+number's are far below its tensor's, its rounding is not, and the weight moves by a share of a whole step. Few numbers
+decide that distance, and a handful of references may miss them, so in fp32 weights are allowed at least as much
+(_handed_on).
 """
 
 import hashlib
@@ -62,7 +67,25 @@ def expected(config: RunConfig) -> Expected:
         quantity: {name: FACTOR * farthest[quantity][_alike(name)] for name in each}
         for quantity, each in others[0].items()
     }
+    if precision == "fp32":  # in fewer bits roundings are not small beside their gradients, and this is no bound
+        for name, distance in _handed_on(config, exact, tolerance["gradient"]).items():
+            tolerance["weight"][name] = max(tolerance["weight"][name], distance)
     return Expected(exact, tolerance)
+
+
+def _handed_on(config: RunConfig, exact: Trace, gradient: dict[str, float]) -> dict[str, float]:
+    """How far weights may be after the last step if every step's gradients are as far as `gradient` allows, spread
+    evenly over a tensor: each moves a number by learning_rate / (sqrt(v) + eps) of its error, to first order."""
+    settings, steps = config.optimizer, len(exact.losses)
+    least = ROUNDING * np.linalg.norm([np.linalg.norm(value) for value in exact.end["weight"].values()])
+    tiny = ROUNDING * np.linalg.norm([np.linalg.norm(value) for value in exact.first.values()])
+    found = {}
+    for name, first in exact.first.items():
+        error = gradient[name] * max(np.linalg.norm(first), tiny) / (1 - settings.beta1) / np.sqrt(first.size)
+        v = exact.end["exp_avg_sq"][name] / (1 - settings.beta2**steps)
+        moved = steps * settings.learning_rate * error * np.linalg.norm(1 / (np.sqrt(v) + settings.eps))
+        found[name] = float(moved / max(np.linalg.norm(exact.end["weight"][name]), least))
+    return found
 
 
 def _alike(name: str) -> str:
