@@ -48,12 +48,17 @@ DEMO := runs/demo
 # What the demo trains on: files and folders, or (by default) the text of the Python installation itself.
 CORPUS ?=
 
+# bf16 where this machine multiplies it; a CPU without instructions for it takes ten times as long as for fp32.
+PRECISION ?= $(shell grep -qsEw 'avx512_bf16|amx_bf16|bf16' /proc/cpuinfo || nvidia-smi -L >/dev/null 2>&1 \
+	&& echo bf16 || echo fp32)
+TRAIN = $(PYTHON) megalm/train.py --set train.precision=$(PRECISION)
+
 demo: setup ## train a small model on real text and let it write; CORPUS=path for your own text
 	@$(PYTHON) tools/prepare_corpus.py $(or $(CORPUS),--python) --output $(DEMO)/corpus.jsonl.zst
 	@$(PYTHON) tools/train_tokenizer.py --corpus $(DEMO)/corpus.jsonl.zst --output $(DEMO)/tokenizer --vocab-size 4096
 	@$(PYTHON) tools/write_shards.py --corpus $(DEMO)/corpus.jsonl.zst --tokenizer $(DEMO)/tokenizer \
 		--output $(DEMO)/shards --held-out 0.03 --overwrite
-	@$(PYTHON) megalm/train.py --config configs/demo.yaml
+	@$(TRAIN) --config configs/demo.yaml
 	@echo && echo "What it writes:" && echo
 	@$(PYTHON) tools/generate.py $(DEMO)/run --prompt "The following" --max-new-tokens 120 --temperature 0.7 --top-p 0.9
 
@@ -69,10 +74,10 @@ demo-sft: setup ## fine-tune the demo's model to classify and to chat, beside ba
 	@test -e $(DEMO)/run/checkpoints/latest || $(MAKE) demo
 	@$(PYTHON) tools/prepare_rows.py $(CLASSES) --output $(SFT)/class_rows
 	@$(PYTHON) tools/prepare_rows.py $(CHATS) --output $(SFT)/chat_rows
-	@$(PYTHON) megalm/train.py --config configs/demo_classes.yaml
+	@$(TRAIN) --config configs/demo_classes.yaml
 	@$(PYTHON) tools/report_run.py $(SFT)/classes
 	@$(PYTHON) benchmarks/classifier_baselines.py --run $(SFT)/classes
-	@$(PYTHON) megalm/train.py --config configs/demo_chat.yaml
+	@$(TRAIN) --config configs/demo_chat.yaml
 	@echo && echo "$(QUESTION)" && echo && echo "Before:"
 	@$(PYTHON) tools/generate.py $(DEMO)/run --chat --prompt "$(QUESTION)" --max-new-tokens 60 --temperature 0
 	@echo && echo "After:"

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import re
 import time
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -75,6 +77,15 @@ def require_precision(precision: str) -> None:
         raise MegalmError(
             f"train.precision fp16 is not supported on this {get_accelerator().device_name()}: use bf16 or fp32"
         )
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for it; True where that cannot be read (Linux tells)."""
+    try:
+        told = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True
+    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", told))
 
 
 def require_determinism() -> None:

@@ -252,6 +252,11 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
             run.say(examples.report)
     for warning in fitness.warnings if fitness else []:
         run.say(f"warning: {warning}")
+    if device.type == "cpu" and train.precision == "bf16" and not devices.multiplies_bf16():
+        run.say(
+            "warning: this CPU has no instructions for bf16, which takes it several times as long as fp32: set "
+            "train.precision to fp32"
+        )
     if loader.restarted:
         run.say(f"the samples start anew from the first: {loader.restarted} changed, which is allowed")
     if run.is_main:
