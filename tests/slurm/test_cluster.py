@@ -1,5 +1,6 @@
 """Jobs on a real Slurm cluster. Those marked `slurm` take minutes each (make test-slurm)."""
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -129,3 +130,28 @@ def test_a_slow_rank_and_a_hanging_one_of_eight_are_named(cluster: Cluster, slur
     assert hung["places"][0].startswith("rank 1 (n1) is in data loading, step 12, since ")
     assert any("rank 5 (n3) waits in pipeline receive of micro-batch 1 from rank 1" in line for line in hung["places"])
     assert Path(hung["stacks"]).read_text().count("==== rank") == 8
+
+
+@pytest.mark.slurm
+def test_an_evaluation_over_two_nodes_says_what_one_process_says(
+    cluster: Cluster, whole: Experiment, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    tasks = [str(REPOSITORY / "configs" / "eval" / "perplexity.yaml")]
+    found = {}
+    for name, tensor in (("one", 1), ("two", 2)):
+        output = tmp_path / f"{name}.json"
+        arguments = ["--checkpoint", str(whole.run), "--tasks", *tasks, "--device", "cpu", "--output", str(output)]
+        environment = {"PYTHON": sys.executable, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+        said = cluster.call(
+            *("sbatch", "--parsable", f"--nodes={tensor}", f"--output={tmp_path}/{name}.log"),
+            *(f"--chdir={REPOSITORY}", str(REPOSITORY / "slurm" / "evaluate.sh"), *arguments, f"--tensor={tensor}"),
+            **environment,
+        )
+        job = said.strip()
+        wait(lambda job=job: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), "the job ends")  # type: ignore[misc]
+        log = (tmp_path / f"{name}.log").read_text()
+        assert cluster.job(job)["JobState"] == "COMPLETED", log
+        assert "local_perplexity" in log, "the table comes at the end"
+        [found[name]] = json.loads(output.read_text())["results"].values()
+    assert found["two"]["bits_per_byte,none"] == pytest.approx(found["one"]["bits_per_byte,none"], rel=1e-5)
