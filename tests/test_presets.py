@@ -1,6 +1,7 @@
 """The files in configs/ load, and the models in configs/model/ are the ones whose names they bear."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import yaml
 from megalm.config import Config, load
 from megalm.errors import MegalmError
 from megalm.models.config import ModelConfig
+from megalm.sft.config import TaskKind
 from megalm.training.config import RunConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -247,8 +249,7 @@ def test_folders_of_configs_are_all_tested() -> None:
     tasks = {*CONFIGS.glob("eval/*.yaml")}  # of the evaluation harness, tested with it
     assert set(CONFIGS.rglob("*.yaml")) - tasks == {*MODELS, *RUNS}
     runs = {"tiny", "demo", "pretrain_124m", "pretrain_1b", "pretrain_8b", "pretrain_70b", "sft_chat"}
-    kinds = ("text_classification", "pair_classification", "token_classification", "relation_extraction")
-    runs |= {"demo_classes", "demo_chat", *(f"task_{kind}" for kind in (*kinds, "question_answering"))}
+    runs |= {"demo_classes", "demo_chat", *(f"task_{kind}" for kind in get_args(TaskKind) if kind != "chat")}
     assert runs == {run.stem for run in RUNS}
 
 

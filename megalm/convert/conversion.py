@@ -39,7 +39,7 @@ from megalm.convert.sources import CheckpointSource, FolderSource
 from megalm.errors import MegalmError
 from megalm.models.config import ModelConfig
 from megalm.tokenizer.base import Tokenizer
-from megalm.tokenizer.chat import Chat, read_template
+from megalm.tokenizer.chat import Chat, read_template, trained_template
 from megalm.tokenizer.load import load as load_tokenizer
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -107,7 +107,7 @@ def to_hf(
         with _unfinished(output, plan) as partial:
             _write_shards(partial, files, entries, config, weight, workers, report)
             blend = manifest.data.get("blend", {})
-            trained_with = blend.get("chat_template")
+            trained_with = trained_template(blend)
             stops = _ends_of_turns(loaded, trained_with or read_template(path))
             _write_config(partial, architecture, config, loaded, rounded["embedding.table.weight"], blend, stops)
             notes = tokenizer_files.export(path, loaded, partial, config.max_position_embeddings, trained_with)
@@ -285,10 +285,7 @@ def _ends_of_turns(tokenizer: Tokenizer, template: str | None) -> list[int]:
     """Ids that end the assistant's turn in a chat template, other than the end of a document."""
     if template is None:
         return []
-    try:
-        return sorted(Chat(tokenizer, template).ends - {tokenizer.eos_id})
-    except MegalmError:  # one that takes other messages than a question and its answer
-        return []
+    return sorted(Chat(tokenizer, template).ends - {tokenizer.eos_id})
 
 
 def _write_config(

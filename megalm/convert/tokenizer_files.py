@@ -50,6 +50,8 @@ def export(path: Path, tokenizer: Tokenizer, folder: Path, longest: int, templat
     settings: dict[str, Any] = {}
     if (folder / SETTINGS_FILE).exists():
         settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    if template is not None:
+        settings.pop("chat_template", None)
     ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     if tokenizer.pad_id != tokenizer.eos_id:
         ends["pad_token"] = tokenizer.pad_id

@@ -17,7 +17,7 @@ from megalm.models.tuning import tuned_decoder
 from megalm.nn.init import spec_of
 from megalm.nn.layers import Layers
 from megalm.tokenizer.base import Tokenizer
-from megalm.tokenizer.chat import read_template
+from megalm.tokenizer.chat import read_template, trained_template
 from megalm.tokenizer.load import load as load_tokenizer
 
 
@@ -86,7 +86,7 @@ def chat_template(path: str | Path, tokenizer: str | Path | None = None) -> str 
     tokenizer: its path, where it has moved since the run.
     """
     manifest = manifests.read(checkpoints.resolve(Path(path)))
-    trained_with = manifest.data.get("blend", {}).get("chat_template")
+    trained_with = trained_template(manifest.data.get("blend", {}))
     return trained_with or read_template(tokenizer or manifest.config["data"]["tokenizer"])
 
 

@@ -1,6 +1,6 @@
 """Scores of a held-out corpus whose answers are text: the model writes them, and they are held against the rows'."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class Answers:
         self._ends = {self._tokenizer.eos_id, *task.chat.ends}
         [self._set] = rows.sets
         numbers = [number for row in chosen for number, _, _ in rows.examples_in(int(row))]
-        self._asked = [(number, *prompt_and_answer(self._set[number])) for number in numbers]
+        self._asked = [(number, *prompt_and_answer(self._set[number], self._ends)) for number in numbers]
         self._rank, self._size, self._micro_batch_size = rank, size, micro_batch_size
         self._length, self._fixed, self._multiple = sequence_length, fixed_length, multiple
         self._most = max_new_tokens
@@ -66,7 +66,7 @@ class Answers:
         texts = [list(prompt) for _, prompt, _ in self._asked]
         active = list(range(len(texts)))
         for _ in range(self._most):
-            active = [place for place in active if len(texts[place]) < self._length]
+            active = [place for place in active if len(texts[place]) <= self._length]
             if not active:
                 break
             said = next_tokens(list(self._batches(texts, active)))
@@ -113,10 +113,13 @@ class Answers:
             yield Batch(tokens, np.zeros(shape, np.int64), mask, segments, positions, np.array(places, np.int64))
 
 
-def prompt_and_answer(example: Example) -> tuple[list[int], list[int]]:
-    """The ids up to where the last trained stretch begins, of one at least, and the ids of that stretch."""
+def prompt_and_answer(example: Example, ends: Collection[int]) -> tuple[list[int], list[int]]:
+    """The ids up to where the last answer begins, of one at least, and the answer's: the last trained stretch, or what
+    stands in it behind the last of `ends` but its own (a template may put nothing between two answers)."""
     trained = np.flatnonzero(example.weights)
     stop = int(trained[-1]) + 1
     untrained = np.flatnonzero(example.weights[:stop] == 0)
     start = int(untrained[-1]) + 1 if len(untrained) else 0
+    earlier = np.flatnonzero(np.isin(example.labels[start : stop - 1], list(ends)))
+    start += int(earlier[-1]) + 1 if len(earlier) else 0
     return example.ids[: start + 1].tolist(), example.labels[start:stop].tolist()

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from megalm.errors import MegalmError
@@ -251,7 +252,7 @@ def bleu_chrf(
 
 def perplexity(nats_per_token: float) -> dict[str, float]:
     """perplexity of a mean loss. It compares models of one tokenizer only; bits per byte compare any."""
-    return {"perplexity": math.exp(nats_per_token) if nats_per_token < 700 else math.inf}
+    return {"perplexity": math.inf if nats_per_token >= 700 else math.exp(nats_per_token)}  # of NaN, NaN
 
 
 # What the functions above share
@@ -341,6 +342,22 @@ def _common_stretch(first: Sequence[str], second: Sequence[str]) -> int:
         ending = [0, *(before + 1 if unit == other else 0 for before, other in zip(ending, second))]
         longest = max(longest, *ending)
     return longest
+
+
+_NEEDED = {
+    "accuracy": ("classification scores", "sklearn", "scikit-learn"),
+    "token_accuracy": ("entity scores", "seqeval", "seqeval"),
+    "rouge1": ("ROUGE", "rouge_score", "rouge-score"),
+    "bleu": ("BLEU and chrF", "sacrebleu", "sacrebleu"),
+}
+
+
+def require_installed(scores: Iterable[str]) -> None:
+    """Raises MegalmError if one of these scores needs a package that is not installed."""
+    for what, module, package in (needed for score, needed in _NEEDED.items() if score in scores):
+        with _installed(what, package):
+            if find_spec(module) is None:
+                raise ModuleNotFoundError(module)
 
 
 @contextmanager

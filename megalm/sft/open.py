@@ -67,8 +67,9 @@ def keep_examples(
     """Where below `folder` the examples of a source lie (data.examples.ExampleSet.load); they are made if they do not
     lie there yet. Raises MegalmError as read_examples does."""
     digest = hashlib.sha256()
+    facts = {key: value for key, value in task.facts.items() if key != "chat_template"}  # its hash is there too
     deciding = [
-        FORMAT, config.model_dump(), dict(task.facts), tokenizer.fingerprint, tokenizer.pad_id, sequence_length, path,
+        FORMAT, config.model_dump(), facts, tokenizer.fingerprint, tokenizer.pad_id, sequence_length, path,
         synonyms.facts if synonyms else None,
     ]  # fmt: skip
     digest.update(json.dumps(deciding, sort_keys=True).encode())

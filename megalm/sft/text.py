@@ -78,6 +78,8 @@ class SummaryTask(ConversationTask):
         """read: given also a text in the document's place, if there is one."""
         super().__init__(config, chat, lambda row: read(row, None))
         self._read_with = read
+        prompt = config.prompt or PROMPTS["summarization"]
+        self._copies = sum(name == "document" for _, name, _, _ in string.Formatter().parse(prompt)) or 1
 
     def examples(self, row: Mapping[str, Any]) -> list[Example]:
         [whole] = super().examples(row)
@@ -89,7 +91,7 @@ class SummaryTask(ConversationTask):
         ids = tokenizer.encode(Columns(row, self._config.columns).text("document"))
         example, keep = Example(whole.ids, whole.labels, whole.weights), len(ids)
         while (excess := len(example.ids) - length) > 0:
-            keep -= excess  # once more if the pieces do not merge as before
+            keep -= -(-excess // self._copies)  # once more if the pieces do not merge as before
             beginning = tokenizer.decode(ids[: max(keep, 0)]).rstrip("\ufffd")  # of half a character
             if not beginning.strip():
                 return whole.cut(length)

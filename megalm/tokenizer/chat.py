@@ -5,6 +5,7 @@ writes between messages may be control tokens; what is inside messages never is,
 assistant says in a template's {% generation %} block begins with a token of its own, as it does when a model answers.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -119,6 +120,8 @@ PLAIN = """{{- bos_token }}
 """No markup: what is asked, an empty line, the answer, the end of a document."""
 NAMED = {"chatml": CHATML, "llama3": LLAMA3, "qwen": QWEN, "plain": PLAIN}
 
+_CONTENT = "\ufdd2x"
+"""What an answer says when only what stands behind it is asked for."""
 _MARK, _UNFINISHED = "\ufdd0", "\ufdd1 "
 """Not characters, and so in no text: behind the first letter of a typed control token, and where a message stops."""
 
@@ -142,6 +145,15 @@ def read_template(path: str | Path) -> str | None:
     if isinstance(found, list):  # several by name
         found = {each.get("name"): each.get("template") for each in found}.get("default")
     return found
+
+
+def trained_template(blend: Mapping[str, Any]) -> str | None:
+    """The chat template that a run was fine-tuned with, as far as the `blend` of its checkpoint tells: its text, or in
+    checkpoints of earlier versions the hash of one of NAMED."""
+    if text := blend.get("chat_template"):
+        return str(text)
+    by_hash = {hashlib.sha256(text.encode()).hexdigest(): text for text in NAMED.values()}
+    return by_hash.get(blend.get("template", ""))
 
 
 def lacking(tokenizer: Tokenizer, template: str) -> list[str]:
@@ -252,12 +264,17 @@ class Chat:
 
     @property
     def ends(self) -> set[int]:
-        """The control token that the template puts behind an assistant's message, if it does, in a set."""
-        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
-        before = self.encode(said[:1])
-        behind = self.encode([said[0], {"role": "assistant", "content": "a"}], reply=False)[len(before) :]
-        controls = set(self.tokenizer.special_tokens.values())
-        return set([i for i in behind if i in controls][:1])
+        """The control token that the template puts behind an assistant's message, if it does, in a set; none either if
+        it takes neither a question with its answer nor these behind a system message."""
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _CONTENT}]
+        for messages in (said, [{"role": "system", "content": "a"}, *said]):
+            try:
+                behind = _Writing(self, messages, None).plain(reply=False).rpartition(_CONTENT)[2]
+            except MegalmError:
+                continue
+            end = self._control.search(behind)
+            return {self._controls[end[0]]} if end else set()
+        return set()
 
 
 class Unmarked(MegalmError):

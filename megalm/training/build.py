@@ -83,7 +83,9 @@ def build_engine(
     )
 
     def loss(logits: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return head_loss(model.head, layers, logits, *targets, model.z_loss)
+        # What is held out is measured in nats per token, by nothing else.
+        z_loss = model.z_loss if torch.is_grad_enabled() else 0.0
+        return head_loss(model.head, layers, logits, *targets, z_loss)
 
     seed = config.run.seed if draw else None
     accumulation = joined.layout.accumulation(train.global_batch_size, train.micro_batch_size)

@@ -179,8 +179,12 @@ class RunConfig(Config):
             if self.task and self.task.kind not in ANSWERED:
                 why = f"a row of {self.task.kind} has no answer that is written"
             raise ValueError(f"evaluate.max_new_tokens asks for answers, and {why}: leave it out")
+        if answers and not held_out:
+            raise ValueError(
+                "evaluate.max_new_tokens needs questions that are held out: name a corpus in data.held_out"
+            )
         known = scores_of(self.task, answers)
-        if self.evaluate.selects and self.evaluate.metric not in known:
+        if self.evaluate.metric not in known:
             way = ", or set evaluate.max_new_tokens" if self.evaluate.metric in scores_of(self.task, True) else ""
             raise ValueError(
                 f"evaluate.metric {self.evaluate.metric} is not among what this run's evaluations say "

@@ -12,7 +12,9 @@ from megalm.models.config import ModelConfig
 from megalm.parallel.config import ParallelConfig
 from megalm.parallel.proved import proved
 from megalm.sft.augment import open_augment
+from megalm.sft.config import scores_of
 from megalm.sft.heads import HeadTask
+from megalm.sft.metrics import require_installed
 from megalm.sft.open import check_rows, open_task
 from megalm.sft.task import Task
 from megalm.tokenizer.base import Tokenizer
@@ -65,6 +67,8 @@ def plan(config: RunConfig, world_size: int) -> Plan:
     task = None
     if config.task:
         task = open_task(config.task, config.data, tokenizer, train.sequence_length)
+        if config.data.held_out:
+            require_installed(scores_of(config.task, config.evaluate.max_new_tokens > 0))
         if isinstance(task, HeadTask):
             model = _with_head(model, task)
     check_model(

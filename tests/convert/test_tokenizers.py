@@ -1,5 +1,6 @@
 """The tokenizer that goes with a model gives the same ids."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -15,7 +16,7 @@ from megalm.convert.gate import TEXT
 from megalm.convert.tokenizer_files import from_sentencepiece
 from megalm.errors import MegalmError
 from megalm.eval.load import chat_template
-from megalm.tokenizer.chat import NAMED
+from megalm.tokenizer.chat import NAMED, trained_template
 from megalm.tokenizer.load import load
 from megalm.tokenizer.train import train
 from tests.convert import models
@@ -122,6 +123,8 @@ def test_a_chat_goes_with_the_model(tmp_path: Path) -> None:
         blend = {"chat_template": template} if template else {}
         step = models.checkpoint(tmp_path / "run", model, config, path, blend=blend)
         assert chat_template(step) == template
+        if template:  # as checkpoints had it that kept the hash alone
+            assert trained_template({"template": hashlib.sha256(template.encode()).hexdigest()}) == template
         to_hf(step, tmp_path / "hf", verify=False)
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
         assert theirs.chat_template == template

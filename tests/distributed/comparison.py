@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from megalm.models.tuning import rate_scale
 from megalm.training.config import RunConfig
 from tests.distributed.reference import KINDS, Trace, batches, sample_contents, train
 
@@ -83,7 +84,9 @@ def _handed_on(config: RunConfig, exact: Trace, gradient: dict[str, float]) -> d
     for name, first in exact.first.items():
         error = gradient[name] * max(np.linalg.norm(first), tiny) / (1 - settings.beta1) / np.sqrt(first.size)
         v = exact.end["exp_avg_sq"][name] / (1 - settings.beta2**steps)
-        moved = steps * settings.learning_rate * error * np.linalg.norm(1 / (np.sqrt(v) + settings.eps))
+        rate = settings.learning_rate * rate_scale(name, config.tuning, config.model.num_layers)
+        # A number without any gradient (an id that no row holds) has no error either.
+        moved = steps * rate * error * np.linalg.norm(np.where(v > 0, 1 / (np.sqrt(v) + settings.eps), 0))
         found[name] = float(moved / max(np.linalg.norm(exact.end["weight"][name]), least))
     return found
 

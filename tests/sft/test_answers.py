@@ -156,9 +156,10 @@ def _one_before(run: Any) -> None:
 def test_the_last_trained_stretch_is_the_answer() -> None:
     ids = np.arange(10, 20)
     example = Example(ids[:-1], ids[1:], np.array([0, 1, 1, 0, 0, 1, 1, 1, 0], np.uint8))
-    assert prompt_and_answer(example) == ([10, 11, 12, 13, 14, 15], [16, 17, 18])
+    assert prompt_and_answer(example, {99}) == ([10, 11, 12, 13, 14, 15], [16, 17, 18])
     trained = Example(ids[:-1], ids[1:], np.ones(9, np.uint8))
-    assert prompt_and_answer(trained) == ([10], list(range(11, 20)))
+    assert prompt_and_answer(trained, {99}) == ([10], list(range(11, 20)))
+    assert prompt_and_answer(trained, {14, 19}) == ([10, 11, 12, 13, 14], [15, 16, 17, 18, 19]), "another turn's end"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from megalm.config import load as load_config
 from megalm.data.config import DataConfig, SourceConfig
 from megalm.errors import MegalmError
-from megalm.sft.config import TaskConfig
+from megalm.sft.config import TaskConfig, scores_of
 from megalm.sft.heads import HeadTask
 from megalm.sft.open import open_task
 from megalm.sft.read import read_examples
@@ -185,6 +185,11 @@ def test_a_model_learns_each_task(name: str, tmp_path: Path, tokenizer_path: Pat
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     [scores] = record["scores"].values()
     assert scores[metric] * (-1 if metric == "perplexity" else 1) >= least, scores
+    run = RunConfig.model_validate(tree)
+    assert {*scores, "loss", "bits_per_byte"} == {
+        *scores_of(run.task, bool(run.evaluate.max_new_tokens)),
+        "bits_per_byte",
+    }
     if name == "continuation":
         return
     kept = read_predictions(tmp_path / "run")

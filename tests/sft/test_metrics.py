@@ -233,3 +233,17 @@ def test_scores_need_no_torch_and_load_libraries_only_when_asked() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_what_is_not_installed_is_said_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics.require_installed(["loss", "accuracy", "token_accuracy", "rouge1", "bleu"])
+    monkeypatch.setattr(metrics, "find_spec", lambda module: None if module == "sacrebleu" else module)
+    metrics.require_installed(["loss", "rouge1"])
+    with pytest.raises(MegalmError, match="BLEU and chrF need the package sacrebleu"):
+        metrics.require_installed(["perplexity", "bleu"])
+
+
+def test_the_perplexity_of_no_number_is_none() -> None:
+    assert (
+        math.isnan(metrics.perplexity(math.nan)["perplexity"]) and metrics.perplexity(800.0)["perplexity"] == math.inf
+    )

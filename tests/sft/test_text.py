@@ -184,6 +184,19 @@ def test_typed_control_tokens_stay_text(template: str, tokenizer_folder: Path, t
     assert len([i for i in naive if i in controls]) > len([i for i in plain if i in controls])
 
 
+def test_the_end_of_a_turn_is_what_stands_behind_the_content(tokenizer: Tokenizer) -> None:
+    """Not a control token before it, as thoughts and channels have; and some templates want a system message."""
+    ids = tokenizer.special_tokens
+    for name, end in (("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("plain", "<|endoftext|>")):
+        assert Chat(tokenizer, name).ends == {ids[end]}
+    channel = "{% for m in messages %}<|im_start|>{{ m.role }}<s>{{ m.content }}<|eot_id|>{% endfor %}"
+    assert Chat(tokenizer, channel).ends == {ids["<|eot_id|>"]}
+    strict = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + channel
+    assert Chat(tokenizer, strict).ends == {ids["<|eot_id|>"]}
+    assert Chat(tokenizer, "{{ raise_exception('no') }}").ends == set()
+    assert Chat(tokenizer, "{% for m in messages %}{{ m.content }}{% endfor %}").ends == set()
+
+
 def test_typed_control_tokens_in_tools_stay_text(tokenizer: Tokenizer) -> None:
     controls = set(tokenizer.special_tokens.values())
     typed: list[dict[str, Any]] = [dict(message) for message in CALLING]
@@ -252,6 +265,10 @@ def test_a_long_document_is_cut_and_its_summary_is_not(tokenizer_folder: Path, t
         assert texts_of(tokenizer, cut) == ["all of it<|im_end|>"]
         said = tokenizer.decode(cut.ids)
         assert "Summarize the following text.\n\n文章 word 文章" in said and "\ufffd" not in said
+    [twice] = task_of(tokenizer_folder, tokenizer, kind="summarization", prompt="{document} again {document}").examples(
+        row
+    )
+    assert 90 < len(twice.cut(101).ids) <= 101 and texts_of(tokenizer, twice.cut(101)) == ["all of it<|im_end|>"]
     assert not whole.cut(10).weights.any(), "the question alone is longer"
     assert texts_of(tokenizer, Example.cut(whole, 80)) == [], "negative control"
 
