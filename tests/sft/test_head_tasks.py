@@ -112,7 +112,7 @@ TASKS: dict[str, tuple[Callable[[random.Random], Row], str, float, dict[str, Any
 TEXTS: dict[str, tuple[Callable[[random.Random], Row], str, float, dict[str, Any]]] = {
     # of the perplexity the negative, so that more is better
     "summarization": (summary_row, "rougeL", 0.6, {"prompt": "{document}"}),
-    "translation": (translation_row, "chrf", 90.0, {"prompt": "{source}"}),
+    "translation": (translation_row, "chrf", 60.0, {"prompt": "{source}"}),
     "dialogue": (dialogue_row, "rougeL", 0.6, {}),
     "continuation": (text_row, "perplexity", -8.0, {}),
 }
@@ -174,13 +174,13 @@ def rank() -> Iterable[Pool]:
         yield pool
 
 
-LONG = ("question_answering", "token_classification", *TEXTS)
+STEPS = {"question_answering": 100, "token_classification": 100} | dict.fromkeys(TEXTS, 160)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_model_learns_each_task(name: str, tmp_path: Path, tokenizer_path: Path, rank: Pool) -> None:
     _, metric, least, _ = ALL[name]
-    tree = config(name, tmp_path, tokenizer_path, 100 if name in LONG else 40)
+    tree = config(name, tmp_path, tokenizer_path, STEPS.get(name, 40))
     assert rank.run(train_run, tree) == [0]
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     [scores] = record["scores"].values()
