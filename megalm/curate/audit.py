@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from megalm.curate.document import Document, Rejection
@@ -97,7 +97,8 @@ class Tally:
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
-        return asdict(self)
+        plain: dict[str, Any] = _plain(self)
+        return plain
 
     @staticmethod
     def of_plain(plain: Mapping[str, Any]) -> "Tally":
@@ -117,6 +118,13 @@ class Tally:
             reasons = Counter(step["reasons"])
             steps[int(index)] = StepTally(**step | {"samples": samples, "measures": measures, "reasons": reasons})
         return Tally(**given | {"steps": steps, "lengths": _measure(given["lengths"])})
+
+
+def _plain(value: Any) -> Any:
+    """dataclasses.asdict, which cannot copy a Counter."""
+    if is_dataclass(value):
+        return {name: _plain(item) for name, item in vars(value).items()}
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _measure(plain: Mapping[str, Any]) -> Measure:
@@ -232,7 +240,7 @@ def summary(recipe: Mapping[str, Any], tally: Tally, merges: Mapping[int, Any], 
         )
     return {
         "name": recipe["name"],
-        "sources": {name: asdict(source) for name, source in sorted(tally.sources.items())},
+        "sources": {name: _plain(source) for name, source in sorted(tally.sources.items())},
         "files": dict(files),
         "documents_read": documents,
         "characters_read": sum(source.characters for source in tally.sources.values()),

@@ -25,8 +25,8 @@ from megalm.curate.step import Merging, Step
 from megalm.errors import MegalmError
 
 Format = Literal["auto", "warc", "wet", "html", "jsonl", "parquet", "text", "code"]
-REGISTRY = "megalm.curate.steps.registry"
-"""Module whose KINDS maps a kind of step to `module:Class`; it imports none of them."""
+REGISTRY = "megalm.curate.steps"
+"""Whose KINDS maps a kind of step to `module:Class`, the module below it; it imports none of them."""
 
 
 class Source(Config):
@@ -176,16 +176,18 @@ def _closest(name: str, known: Sequence[str]) -> str:
 
 
 def kinds() -> dict[str, str]:
-    """Kind -> `module:Class` of the steps that come with megalm."""
+    """Kind -> `module:Class`, the module below megalm.curate.steps, of the steps that come with megalm."""
     return dict(importlib.import_module(REGISTRY).KINDS)
 
 
 def step_class(key: str, kind: str) -> type[Step]:
     """The class of a kind of step. Raises ValueError with the closest known kind, or what is wrong with a class."""
-    known = {} if ":" in kind else kinds()
-    target = kind if ":" in kind else known.get(kind)
-    if target is None:
-        raise ValueError(f"{key} {kind} is no kind of step{_closest(kind, sorted(known))}")
+    target = kind
+    if ":" not in kind:
+        known = kinds()
+        if kind not in known:
+            raise ValueError(f"{key} {kind} is no kind of step{_closest(kind, sorted(known))}")
+        target = f"{REGISTRY}.{known[kind]}"
     module, _, name = target.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
