@@ -28,7 +28,10 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=16, metavar="N", help="slurm: elements of an array (default: 16)")
     parser.add_argument(
-        "--sbatch", default="", metavar="OPTIONS", help="slurm: more options, as in --sbatch='--partition=cpu --time=8:00:00'"
+        "--sbatch",
+        default="",
+        metavar="OPTIONS",
+        help="slurm: more options, such as --sbatch='--partition=cpu'",
     )
     parser.add_argument("--dry-run", action="store_true", help="slurm: print the jobs, submit none")
     parser.add_argument(
@@ -77,7 +80,7 @@ def _conclude(plan: Plan, seconds: float) -> None:
     report = executor.summarise(plan)
     malformed = sum(sum(source["malformed"].values()) for source in report["sources"].values())
     if malformed:
-        print(f"{malformed:,} records could not be read: {plan.folder.aside} has them with the reasons", file=sys.stderr)
+        print(f"{malformed:,} records could not be read: the reasons are in {plan.folder.aside}", file=sys.stderr)
     tokens = f", {report['tokens_written']:,} tokens" if report["tokens_written"] is not None else ""
     print(
         f"{plan.folder.root}: {report['documents_read']:,} documents read, {report['documents_written']:,} written"

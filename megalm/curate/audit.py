@@ -106,8 +106,7 @@ class Tally:
         given = dict(plain)
         given["sources"] = {
             name: SourceTally(
-                **source
-                | {"malformed": Counter(source["malformed"]), "passed_over": Counter(source["passed_over"])}
+                **source | {"malformed": Counter(source["malformed"]), "passed_over": Counter(source["passed_over"])}
             )
             for name, source in given["sources"].items()
         }
@@ -211,7 +210,9 @@ def record_output(tally: Tally, documents: Sequence[Document], count_by: Sequenc
     tally.tokens += tokens
 
 
-def summary(recipe: Mapping[str, Any], tally: Tally, merges: Mapping[int, Any], files: Mapping[str, Any]) -> dict[str, Any]:
+def summary(
+    recipe: Mapping[str, Any], tally: Tally, merges: Mapping[int, Any], files: Mapping[str, Any]
+) -> dict[str, Any]:
     """What audit.json holds. merges: of merging steps, by index, what they had to say. files: of the plan."""
     kinds = [step["kind"] for step in recipe["steps"]]
     steps = []

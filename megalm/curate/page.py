@@ -35,9 +35,7 @@ def draw(report: Mapping[str, Any]) -> str:
 
 def _charts(measures: Mapping[str, Any], kept: str = "kept", removed: str = "removed") -> list[Markup]:
     """A histogram of each number that differs among documents."""
-    return [
-        histogram(name, measure, kept, removed) for name, measure in measures.items() if len(measure["values"]) > 1
-    ]
+    return [histogram(name, measure, kept, removed) for name, measure in measures.items() if len(measure["values"]) > 1]
 
 
 def count(number: float | None) -> str:
@@ -255,7 +253,8 @@ svg { max-width: 100%; height: auto; vertical-align: top; }
 .wide { overflow-x: auto; }
 .many { display: flex; flex-wrap: wrap; gap: 1em 1.2em; margin: .8em 0; }
 table { border-collapse: collapse; font-size: .92em; }
-th, td { padding: .3em .7em; text-align: right; vertical-align: top; border-bottom: 1px solid #eee; white-space: nowrap; }
+th, td { padding: .3em .7em; text-align: right; vertical-align: top; border-bottom: 1px solid #eee; }
+th, td { white-space: nowrap; }
 th { font-weight: 600; color: #555; } .text { text-align: left; }
 td.sample { white-space: pre-wrap; overflow-wrap: anywhere; text-align: left; min-width: 24em; }
 .note { color: #666; } code { font-size: .92em; }

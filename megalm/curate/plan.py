@@ -1,12 +1,12 @@
 """A recipe's folder, and how its sources are split into tasks.
 
-    DIRECTORY/recipe.yaml                 the resolved recipe
-    DIRECTORY/plan/00000.jsonl, plan.json the files of each task; what they are in all
-    DIRECTORY/text/00000-000000.jsonl.zst documents of a task and a chunk
-    DIRECTORY/shards/train, held_out      the same as ids
-    DIRECTORY/audit.html, audit.json      what happened
-    DIRECTORY/aside/00000-000000.jsonl.zst what could not be read
-    DIRECTORY/work/                       states, documents between phases, sketches, verdicts
+DIRECTORY/recipe.yaml                 the resolved recipe
+DIRECTORY/plan/00000.jsonl, plan.json the files of each task; what they are in all
+DIRECTORY/text/00000-000000.jsonl.zst documents of a task and a chunk
+DIRECTORY/shards/train, held_out      the same as ids
+DIRECTORY/audit.html, audit.json      what happened
+DIRECTORY/aside/00000-000000.jsonl.zst what could not be read
+DIRECTORY/work/                       states, documents between phases, sketches, verdicts
 """
 
 import hashlib

@@ -70,9 +70,9 @@ class Reader(ABC):
         try:
             self._raw = open_binary(self.file.path)
             with self._raw:
-                for found, position in self._read(self._raw, position):  # noqa: B020 - the last one, for the message
-                    self.bytes_read = self._place()
-                    yield found, position
+                for found, after in self._read(self._raw, position):
+                    self.bytes_read, position = self._place(), after
+                    yield found, after
         except warc.DAMAGE as error:
             if is_url(self.file.path) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
                 raise MegalmError(
@@ -164,7 +164,7 @@ class HtmlReader(WholeFile):
 
 
 class JsonlReader(Reader):
-    """A JSON object per line. Its other keys become metadata; its own `id` and `source` become `record_id`, `origin`."""
+    """A JSON object per line. Its other keys become metadata, `id` and `source` as `record_id` and `origin`."""
 
     def _read(self, raw: BinaryIO, start: int) -> Iterator[tuple[Found, int]]:
         stream = decompressed(raw, Path(self.file.path))

@@ -148,7 +148,7 @@ def _step(key: str, given: Mapping[str, Any]) -> Step:
     settings = dict(given)
     kind = settings.pop("kind", None)
     if not isinstance(kind, str):
-        raise ValueError(f"{key} has no kind: write kind: NAME, such as {', '.join(sorted(kinds())[:3])}")
+        raise ValueError(f"{key} has no kind: write kind: NAME (docs/curation.md lists them)")
     found = step_class(f"{key}.kind", kind)
     try:
         return found(found.Settings.model_validate(settings))

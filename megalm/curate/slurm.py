@@ -19,8 +19,8 @@ def commands(
 ) -> list[list[str]]:
     """sbatch's command lines of what is still to be done, each to begin when the one before has succeeded.
 
-    jobs: elements of an array, at most. workers: processes of each. options: more of sbatch's, such as --partition=NAME.
-    overrides: --set KEY=VALUE.
+    jobs: elements of an array, at most. workers: processes of each. options: more of sbatch's, such as
+    --partition=NAME. overrides: --set KEY=VALUE.
     """
     script = SCRIPT if Path(SCRIPT).is_file() else str(Path(__file__).resolve().parents[2] / SCRIPT)
     if not Path(script).is_file():
@@ -58,7 +58,9 @@ def submit(made: Sequence[Sequence[str]], plan: Plan) -> list[str]:
                 line, env={"PYTHON": sys.executable} | dict(os.environ), capture_output=True, text=True
             )
         except FileNotFoundError:
-            raise MegalmError("sbatch is not on this machine: run this on a login node, or use --executor local") from None
+            raise MegalmError(
+                "sbatch is not on this machine: run this on a login node, or use --executor local"
+            ) from None
         if ended.returncode:
             words = ended.stderr.strip().splitlines() or ["no reason given"]
             raise MegalmError(

@@ -38,8 +38,8 @@ class Merging(Step):
 
     @abstractmethod
     def merge(self, sketches: Iterable[Path], verdicts: Path) -> dict[str, Any]:
-        """From the sketch files of all tasks, in order, to verdicts below the folder `verdicts`, in bounded memory; what
-        there is to say of it, for the audit."""
+        """From the sketch files of all tasks, in order, to verdicts below the folder `verdicts`, in bounded memory;
+        what there is to say of it, for the audit."""
 
     @abstractmethod
     def judge(self, verdicts: Path) -> None:

@@ -217,11 +217,11 @@ class Phase:
     def _batches(self, task: int, state: State) -> Iterator[Batch]:
         """The documents from the state's place on, in batches; what is counted goes into the state's tally."""
         limits = self.recipe.batches
-        place, read = state.place, state.bytes
+        read = state.bytes
         started = time.perf_counter()
-        batch = Batch(place, place, [], [], 0, 0.0)
+        batch = Batch(state.place, state.place, [], [], 0, 0.0)
         characters = passed_over = 0
-        for found, place, place_bytes in self._read(task, place, state.tally):
+        for found, place, place_bytes in self._read(task, state.place, state.tally):
             batch.end = place
             batch.bytes = place_bytes - read if not self.number else 0
             if isinstance(found, Document):
@@ -291,9 +291,7 @@ class Phase:
                     raise ValueError(f"apply() returned {len(rejections)} verdicts for {len(left)} documents")
                 seconds = time.perf_counter() - started
                 audit = self.recipe.audit
-                record_step(
-                    counted, step, left, before, rejections, seconds, audit.samples, audit.sample_characters
-                )
+                record_step(counted, step, left, before, rejections, seconds, audit.samples, audit.sample_characters)
             except Exception as error:
                 raise StepFailed(index, step.kind, error) from error
             left = [document for document, rejection in zip(left, rejections) if rejection is None]
@@ -430,4 +428,3 @@ def _group(document: Document) -> str | None:
 
 def _described(found: Malformed) -> dict[str, str]:
     return {"place": found.place, "reason": found.reason, "detail": found.detail, "excerpt": found.excerpt}
-

@@ -103,7 +103,7 @@ def _members(raw: BinaryIO, start: int, largest: int) -> Iterator[WarcRecord]:
         if problem is None:
             pending = decompressor.unused_data
             after = position + consumed
-            yield _record(position, after, b"".join(parts) if size <= largest + LONGEST_HEADER else None, size)
+            yield _record(position, after, b"".join(parts), size, largest)
         else:
             after, pending = _next_member(raw, position + 1)
             yield WarcRecord(position, after, {}, None, f"{problem} gzip member", b"".join(parts)[:1000])
@@ -135,9 +135,9 @@ def _next_member(raw: BinaryIO, start: int) -> tuple[int, bytes]:
     return offset + len(window), b""
 
 
-def _record(position: int, after: int, member: bytes | None, size: int) -> WarcRecord:
-    """The one record of a decompressed member, None if it is too large."""
-    if member is None:
+def _record(position: int, after: int, member: bytes, size: int, largest: int) -> WarcRecord:
+    """The one record of a decompressed member of `size` bytes, of which `member` holds what fits into memory."""
+    if size > largest + LONGEST_HEADER:
         return WarcRecord(position, after, {}, None, "too large", f"{size} bytes".encode())
     head, gap, rest = _split(member.lstrip(b"\r\n"))
     if not head.startswith(VERSION) or not gap:
@@ -147,6 +147,8 @@ def _record(position: int, after: int, member: bytes | None, size: int) -> WarcR
         length = _length(headers)
     except ValueError:
         return WarcRecord(position, after, headers, None, "no content length", member[:1000])
+    if length > largest:
+        return WarcRecord(position, after, headers, None, "too large", f"{length} bytes".encode())
     if len(rest) < length:
         return WarcRecord(position, after, headers, None, "shorter than its content length", member[:1000])
     return WarcRecord(position, after, headers, rest[:length])

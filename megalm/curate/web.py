@@ -10,6 +10,7 @@ META = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([\w.:-]+)""", re.
 WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "x-gbk": "gb18030", "iso-8859-1": "cp1252", "latin1": "cp1252"}
 WIDER |= {"ascii": "cp1252", "us-ascii": "cp1252", "shift_jis": "cp932", "euc-kr": "cp949", "big5": "big5hkscs"}
 MARKS = [(codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")]
+BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 LOOKED_AT = 4096
 """Bytes of a page in which a declaration is looked for."""
 
@@ -87,8 +88,8 @@ def _decoded(body: bytes, coding: str, largest: int) -> bytes:
 def decode_page(content: bytes, declared: str | None = None) -> tuple[str, str]:
     """(text, encoding) of a page. declared: the charset of its HTTP header.
 
-    The first of these that decodes all of it: its byte-order mark, `declared`, its own declaration, UTF-8, what a
-    detector says; failing all, that which came first with U+FFFD for what it cannot decode.
+    The first of these that decodes all of it: its byte-order mark, `declared`, its own declaration, UTF-8. Failing
+    these, the first of them that decodes nearly all of it, else what a detector says, with U+FFFD for what is broken.
     """
     for mark, encoding in MARKS:
         if content.startswith(mark):
@@ -104,6 +105,11 @@ def decode_page(content: bytes, declared: str | None = None) -> tuple[str, str]:
             return content.decode(encoding), encoding
         except UnicodeDecodeError:
             continue
+    for encoding in tried:
+        text = content.decode(encoding, "replace")
+        beyond_ascii = sum(map(len, BEYOND_ASCII.findall(text)))
+        if text.count("\ufffd") <= 0.05 * beyond_ascii:
+            return text, encoding
     detected = _codec(_detect(content)) or tried[0]
     return content.decode(detected, "replace"), detected
 
