@@ -86,8 +86,11 @@ def funnel(report: Mapping[str, Any]) -> Markup:
 
 
 def bars(values: Mapping[str, float], colour: str = REMOVED, name: str = "", total: float | None = None) -> Markup:
-    """A horizontal bar per value, the largest first. total: what they are shares of."""
+    """A horizontal bar per value, the largest first; values that are numbers themselves in their order. total: what the
+    bars are shares of."""
     ordered = sorted(values.items(), key=lambda item: (-item[1], item[0]))
+    if all(value.isdecimal() for value in values):
+        ordered = sorted(values.items(), key=lambda item: int(item[0]))
     shown = ordered[:MOST_BARS]
     if len(ordered) > MOST_BARS:
         shown.append((f"{len(ordered) - MOST_BARS} more", sum(value for _, value in ordered[MOST_BARS:])))
@@ -163,11 +166,14 @@ def merge_tables(said: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def _edges(measure: Mapping[str, Any]) -> tuple[list[float], list[float], bool]:
     """The values, the edges of the bins (of their logarithms, where they spread over decades), and which it is."""
     values = measure["values"]
-    ends = [value for ends in measure["quantiles"].values() for value in ends]
-    positive = [value for value in values if value > 0]
-    is_log = bool(ends) and min(ends) > 0 and max(ends) / min(ends) > 20
-    places = [math.log10(value) for value in positive] if is_log else values
-    low, high = min(places, default=0.0), max(places, default=1.0)
+    if not values:
+        return [], [index / BINS for index in range(BINS + 1)], False
+    is_log = values[0] > 0 and values[-1] / values[0] > 50
+    low, high = (math.log10(value) if is_log else value for value in (values[0], values[-1]))
+    if not is_log:  # what lies far out stands in the bins at the ends, so that the rest can be seen
+        ends = [value for ends in measure["quantiles"].values() for value in ends]
+        spread = 2 * (max(ends) - min(ends)) or high - low
+        low, high = max(low, min(ends) - spread), min(high, max(ends) + spread)
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
     return values, [low + (high - low) * index / BINS for index in range(BINS + 1)], is_log
@@ -318,8 +324,8 @@ details { margin: .5em 0; } summary { cursor: pointer; color: #0072B2; }
 
 {% for step in report.steps %}
 <h2 id="step-{{ step.index }}">{{ step.index }} {{ step.kind }}</h2>
-<p>{{ count(step.documents_in) }} documents in, {{ count(step.documents_out) }} out, {{ count(step.changed) }} of them
-with another text.
+<p>{{ count(step.documents_in) }} documents in, {{ count(step.documents_out) }} out, {{ count(step.changed) or "none" }}
+of them with another text.
 {% if step.settings %}<span class="note">Settings: {% for key, value in step.settings.items() %}<code>{{ key }}:
 {{ value }}</code>{{ ", " if not loop.last }}{% endfor %}</span>{% endif %}</p>
 {% if step.reasons %}

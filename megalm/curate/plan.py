@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from megalm.config import dump
-from megalm.curate.files import write_whole, writing
+from megalm.curate.files import PARTIAL, write_whole, writing
 from megalm.curate.recipe import Recipe, build, phases
 from megalm.curate.sources import File, list_files
 from megalm.errors import MegalmError
@@ -117,7 +117,7 @@ def prepare(recipe: Recipe) -> Plan:
         load(recipe.output.shards.tokenizer)  # before hours of work that would end at it
     if folder.recipe.exists():
         _compare(folder, recipe)
-    elif folder.root.is_dir() and any(folder.root.iterdir()):
+    elif folder.root.is_dir() and any(not path.name.startswith(".") for path in folder.root.iterdir()):
         raise MegalmError(f"{folder.root} holds something else than a recipe's output: name another directory")
     parts, left_out, fingerprint = _parts(recipe)
     if folder.plan.exists():
@@ -129,6 +129,10 @@ def prepare(recipe: Recipe) -> Plan:
             )
         return opened(recipe)
     with writing(folder.root):
+        for place in (folder.root, folder.plan.parent):
+            for partial in place.glob(f".*{PARTIAL}"):  # of a process that was killed
+                partial.unlink(missing_ok=True)
+        write_whole(folder.recipe, dump(recipe))
         for task, items in enumerate(parts):
             lines = [json.dumps({"source": index, **asdict(file)}, ensure_ascii=False) for index, file in items]
             write_whole(folder.task(task), "".join(line + "\n" for line in lines))
@@ -140,7 +144,6 @@ def prepare(recipe: Recipe) -> Plan:
             "left_out": {name: dict(counts) for name, counts in left_out.items()},
             "fingerprint": fingerprint,
         }
-        write_whole(folder.recipe, dump(recipe))
         write_whole(folder.plan, json.dumps(plan, indent=1) + "\n")  # the last one: with it the plan is whole
     return opened(recipe)
 

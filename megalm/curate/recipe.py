@@ -48,7 +48,7 @@ class Source(Config):
     largest_megabytes: PositiveInt = 64
     """Larger records and files are put aside: they would have to be held in memory whole."""
     metadata: dict[str, str] = Field(default_factory=dict)
-    """What all its documents have, such as {licence: CC-BY-4.0}."""
+    """What all its documents have, such as {license: CC-BY-4.0}."""
 
 
 class TextOutput(Config):

@@ -94,7 +94,9 @@ def _members(raw: BinaryIO, start: int, largest: int) -> Iterator[WarcRecord]:
                     problem = "cut short"
                     break
                 content = decompressor.decompress(block, BLOCK)
-                consumed += len(block) - len(decompressor.unconsumed_tail) - len(decompressor.unused_data)
+                # At the end of a member, unconsumed_tail may hold what unused_data holds too.
+                left = decompressor.unused_data if decompressor.eof else decompressor.unconsumed_tail
+                consumed += len(block) - len(left)
                 size += len(content)
                 if size <= largest + LONGEST_HEADER:
                     parts.append(content)

@@ -1,4 +1,4 @@
-"""A recipe gives the same bytes however it is run and wherever it is killed; what goes wrong is told and can be mended."""
+"""A recipe gives the same bytes however it runs and wherever it is killed; what goes wrong is told and can be mended."""
 
 import contextlib
 import json
@@ -88,8 +88,8 @@ def test_every_document_goes_through_once(whole: Recipe, inputs: Path) -> None:
 
 
 def test_a_kill_at_any_write_changes_nothing(make_recipe: MakeRecipe, whole: Recipe) -> None:
-    """Killed at every third time that something is put on the disk, again and again, the run ends as an undisturbed
-    one."""
+    """Killed again and again, before each time in turn that something is put on the disk, the run ends as an
+    undisturbed one."""
     recipe = make_recipe("killed")
     kills = 0
 
@@ -100,7 +100,7 @@ def test_a_kill_at_any_write_changes_nothing(make_recipe: MakeRecipe, whole: Rec
         def deadly(descriptor: int) -> None:
             nonlocal calls
             calls += 1
-            if calls == 1 + kills % 3 + 4 * (kills > 2):
+            if calls == 1 + kills % 13:  # a chunk and its state are eight
                 os.kill(os.getpid(), signal.SIGKILL)
             fsync(descriptor)
 
@@ -111,7 +111,7 @@ def test_a_kill_at_any_write_changes_nothing(make_recipe: MakeRecipe, whole: Rec
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         kills += 1
         assert kills < 400
-    assert kills > 20
+    assert kills > 15, kills
     assert contents(recipe) == contents(whole)
 
 
@@ -171,7 +171,7 @@ def test_a_step_that_raises_names_the_document(make_recipe: MakeRecipe, inputs: 
     recipe = make_recipe("poisoned", steps=steps)
     position = sum(len(line) + 1 for line in poisoned[:27])
     with pytest.raises(
-        MegalmError, match=f"step 1 .*Fragile.* failed on document web/3.jsonl@{position}, in task"
+        MegalmError, match=f"step 1 .fragile. failed on document web/3.jsonl@{position}, in task"
     ) as told:
         executor.run(recipe, 1)
     assert "ZeroDivisionError: this text cannot be borne" in str(told.value)
@@ -214,9 +214,7 @@ def test_a_share_is_the_same_documents_in_every_run(make_recipe: MakeRecipe, inp
     assert counts["sampled_out"] + counts["documents"] == 300
 
 
-def test_parquet_and_shards_hold_the_same_documents(
-    make_recipe: MakeRecipe, whole: Recipe, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_parquet_and_shards_hold_the_same_documents(make_recipe: MakeRecipe, whole: Recipe, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     from megalm.data.index import ShardReader
     from megalm.tokenizer.load import load
@@ -237,7 +235,8 @@ def test_parquet_and_shards_hold_the_same_documents(
     decoded = [tokenizer.decode(list(reader.document(i))[:-1]) for reader in readers for i in range(reader.documents)]
     assert sorted(decoded) == sorted(texts) and 0 < readers[1].documents < readers[0].documents
     report = json.loads((root / "audit.json").read_text())
-    assert report["tokens_written"] == sum(reader.tokens for reader in readers)
+    lengths = [len(reader.document(i)) for reader in readers for i in range(reader.documents)]
+    assert report["tokens_written"] == sum(lengths)
 
     killed = make_recipe("both again", output={"text": {"format": "parquet"}, "shards": shards})
 
