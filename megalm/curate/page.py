@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment
-from markupsafe import Markup
 
 # Okabe and Ito's, which colour-blind readers can tell apart.
 KEPT, REMOVED, PALE = "#0072B2", "#D55E00", "#D5E4EE"
@@ -33,7 +32,7 @@ def draw(report: Mapping[str, Any]) -> str:
     )
 
 
-def _charts(measures: Mapping[str, Any], kept: str = "kept", removed: str = "removed") -> list[Markup]:
+def _charts(measures: Mapping[str, Any], kept: str = "kept", removed: str = "removed") -> list[str]:
     """A histogram of each number that differs among documents."""
     return [histogram(name, measure, kept, removed) for name, measure in measures.items() if len(measure["values"]) > 1]
 
@@ -58,9 +57,9 @@ def share(part: float, whole: float) -> str:
     return f"{percent:.0f} %" if percent == int(percent) else f"{percent:.1f} %" if percent >= 0.1 else "< 0.1 %"
 
 
-def funnel(report: Mapping[str, Any]) -> Markup:
+def funnel(report: Mapping[str, Any]) -> str:
     """What is left after each step, as a share of what was read: documents at the left, characters at the right."""
-    rows = [("read", report["documents_read"], report["characters_read"])]
+    rows: list[tuple[str, int, int]] = [("read", report["documents_read"], report["characters_read"])]
     for step in report["steps"]:
         rows.append((f"{step['index']} {step['kind']}", step["documents_out"], step["characters_out"]))
     row, label, width, gap = 26, 190, 290, 20
@@ -68,24 +67,25 @@ def funnel(report: Mapping[str, Any]) -> Markup:
     parts = []
     for place, name in ((label, "documents"), (label + width + gap + 40, "characters")):
         parts.append(_text(place, 14, name, MUTED, weight="600"))
-    before = rows[0][1:]
-    for number, (name, *values) in enumerate(rows):
+    given = [(read, characters) for _, read, characters in rows]
+    wholes, before = given[0], given[0]
+    for number, (name, _, _) in enumerate(rows):
         y = 24 + number * row
         parts.append(_text(label - 10, y + 15, _short(name, 26), INK, anchor="end"))
-        for column, value in enumerate(values):
+        for column, value in enumerate(given[number]):
             x = label + column * (width + gap + 40)
-            whole = rows[0][1 + column] or 1
+            whole = wholes[column] or 1
             # Extraction can only shrink texts, while placeholders can make them longer than they were.
-            scale = (width - 110) / max(whole, *(each[1 + column] for each in rows))
+            scale = (width - 110) / max(whole, *(each[column] for each in given))
             parts.append(_bar(x, y + 3, before[column] * scale, row - 8, PALE, f"{name}: {before[column]:,} in"))
             parts.append(_bar(x, y + 3, value * scale, row - 8, KEPT, f"{name}: {value:,} out"))
             end = x + max(value, before[column]) * scale + 6
             parts.append(_text(end, y + 15, f"{count(value)} ({share(value, whole) or '0 %'})", MUTED))
-        before = (values[0], values[1])
+        before = given[number]
     return _svg(total, 30 + len(rows) * row, parts, "What is left after each step")
 
 
-def bars(values: Mapping[str, float], colour: str = REMOVED, name: str = "", total: float | None = None) -> Markup:
+def bars(values: Mapping[str, float], colour: str = REMOVED, name: str = "", total: float | None = None) -> str:
     """A horizontal bar per value, the largest first; values that are numbers themselves in their order. total: what the
     bars are shares of."""
     ordered = sorted(values.items(), key=lambda item: (-item[1], item[0]))
@@ -105,7 +105,7 @@ def bars(values: Mapping[str, float], colour: str = REMOVED, name: str = "", tot
     return _svg(680, 8 + len(shown) * 22, parts, name or "counts")
 
 
-def histogram(name: str, measure: Mapping[str, Any], kept: str = "kept", removed: str = "removed") -> Markup:
+def histogram(name: str, measure: Mapping[str, Any], kept: str = "kept", removed: str = "removed") -> str:
     """How a number is distributed over the documents that a step kept and those that it removed.
 
     Kept and removed stand on each other. Where kept are the documents of an earlier `removed` (of lengths: written and
@@ -203,8 +203,8 @@ def _tick(place: float, is_log: bool) -> str:
     return f"{value + 0.0:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _svg(width: float, height: float, parts: Sequence[str], title: str) -> Markup:
-    return Markup(
+def _svg(width: float, height: float, parts: Sequence[str], title: str) -> str:
+    return (
         f'<svg role="img" aria-label="{html.escape(title)}" xmlns="http://www.w3.org/2000/svg" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" '
         f'font-family="system-ui, Noto Sans, Noto Sans CJK SC, PingFang SC, Microsoft YaHei, sans-serif">'
@@ -277,7 +277,7 @@ details { margin: .5em 0; } summary { cursor: pointer; color: #0072B2; }
 {% if malformed %}{{ count(malformed) }} records could not be read.{% endif %}</p>
 
 <h2>What is left after each step</h2>
-{{ funnel }}
+{{ funnel | safe }}
 <p class="note">Pale: what a step was given. Percentages are of what was read.</p>
 <div class="wide"><table>
 <tr><th class="text">step</th><th>documents in</th><th>out</th><th>removed</th><th>changed</th><th>characters in</th>
@@ -313,13 +313,13 @@ details { margin: .5em 0; } summary { cursor: pointer; color: #0072B2; }
 </table></div>
 
 <h2>Lengths</h2>
-{{ lengths or "There is nothing to draw." }}
+{{ (lengths or "There is nothing to draw.") | safe }}
 
 {% for key, values in report.counts.items() %}
 {% set numbers = {} %}
 {% for value, sums in values.items() %}{% set _ = numbers.update({value: sums.documents}) %}{% endfor %}
 <h2>Written documents by {{ key }}</h2>
-{{ bars(numbers, "#0072B2", "documents by " ~ key) }}
+{{ bars(numbers, "#0072B2", "documents by " ~ key) | safe }}
 {% endfor %}
 
 {% for step in report.steps %}
@@ -330,7 +330,7 @@ of them with another text.
 {{ value }}</code>{{ ", " if not loop.last }}{% endfor %}</span>{% endif %}</p>
 {% if step.reasons %}
 <h3>Why documents were removed</h3>
-{{ bars(step.reasons, "#D55E00", "reasons", step.documents_in) }}
+{{ bars(step.reasons, "#D55E00", "reasons", step.documents_in) | safe }}
 <p class="note">Percentages are of the documents in.</p>
 {% endif %}
 {% if step.merge %}
@@ -342,13 +342,13 @@ of them with another text.
 </table>
 {% for key, table in merge_tables(step.merge).items() %}
 <h3>{{ key | replace("_", " ") | capitalize }}</h3>
-{{ bars(table, "#009E73", key) }}
+{{ bars(table, "#009E73", key) | safe }}
 {% endfor %}
 {% endif %}
 {% if charts[loop.index0] %}
 <div class="many">
 {% for chart in charts[loop.index0] %}
-{{ chart }}
+{{ chart | safe }}
 {% endfor %}
 </div>
 {% endif %}

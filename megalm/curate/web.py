@@ -40,7 +40,8 @@ def parse_http(message: bytes, largest: int) -> tuple[int, dict[str, str], bytes
 
 def _unchunked(body: bytes) -> bytes:
     """A chunked body in one; as it is where it is none, since many crawlers keep the header of what they decoded."""
-    parts, place = [], 0
+    parts: list[bytes] = []
+    place = 0
     while True:
         end = body.find(b"\n", place, place + 100)
         size = re.match(rb"\s*([0-9a-fA-F]+)\s*(;.*)?\s*$", body[place:end]) if end >= 0 else None

@@ -44,9 +44,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def tree(folder: Path, tokenizer_folder: Path, name: str, **sections: Any) -> dict[str, Any]:
-    rows = [
-        {"source": f"{a} {b}", "target": f"{x} {y} {x} {y}"} for a, x in NUMBERS.items() for b, y in NUMBERS.items()
-    ]
+    rows = [{"source": f"{a} {b}", "target": f"{x} {y} {x} {y}"} for a, x in NUMBERS.items() for b, y in NUMBERS.items()]
     path = str(write_rows(folder / "numbers.jsonl", rows))
     made = tree_of(folder, tokenizer_folder, [], run={"directory": str(folder / name)}, **KIND)
     made["data"] |= {"sources": [{"path": path}], "held_out": [{"path": path}]}
