@@ -240,7 +240,9 @@ def _in_processes(
 class _Worker:
     """State of a working process."""
 
-    phase: Phase
+    phase: Phase | None = None
+    problem: Exception | None = None
+    """Why the phase could not be made: a process that fails at its start would only say that it is gone."""
     said: Any
 
     @staticmethod
@@ -248,10 +250,16 @@ class _Worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
         threading.Thread(target=_exit_with_parent, daemon=True).start()
         _Worker.said = said
-        _Worker.phase = Phase(plan, number)
+        try:
+            _Worker.phase = Phase(plan, number)
+        except Exception as error:
+            _Worker.problem = error
 
     @staticmethod
     def run(task: int) -> None:
+        if _Worker.phase is None:
+            assert _Worker.problem is not None
+            raise _Worker.problem
         _Worker.phase.run(task, _Worker.said.put)
 
 

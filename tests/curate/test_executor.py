@@ -1,4 +1,4 @@
-"""A recipe gives the same bytes however it runs and wherever it is killed; what goes wrong is told and can be mended."""
+"""A recipe gives the same bytes however it runs and wherever it is killed; what goes wrong is told."""
 
 import contextlib
 import json
