@@ -17,7 +17,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -27,7 +29,7 @@ from megalm.curate.files import sync_folder, write_whole, writing
 from megalm.curate.plan import Plan, prepare
 from megalm.curate.recipe import Recipe, build
 from megalm.curate.step import Merging
-from megalm.curate.task import HEAD, Phase, Progress, State
+from megalm.curate.task import HEAD, Phase, Progress, State, shard_folders
 from megalm.errors import MegalmError
 
 QUIET_SECONDS = 30.0
@@ -73,14 +75,14 @@ def merge(plan: Plan, number: int) -> None:
     step = build(plan.recipe.steps)[index]
     assert isinstance(step, Merging)
     print(f"merging for step {index} ({step.kind})", file=sys.stderr, flush=True)
-    partial = folder.with_name(folder.name + ".partial")
+    unfinished = folder.with_name(folder.name + ".partial")
     with writing(folder.parent):
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "verdicts").mkdir(parents=True)
-    said = step.merge(sorted(plan.folder.sketches(number - 1).glob("*.bin")), partial / "verdicts")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        (unfinished / "verdicts").mkdir(parents=True)
+    said = step.merge(sorted(plan.folder.sketches(number - 1).glob("*.bin")), unfinished / "verdicts")
     with writing(folder.parent):
-        write_whole(partial / "summary.json", audit.dumped(said))
-        partial.rename(folder)
+        write_whole(unfinished / "summary.json", audit.dumped(said))
+        unfinished.rename(folder)
         sync_folder(folder.parent)
         shutil.rmtree(plan.folder.sketches(number - 1), ignore_errors=True)
 
@@ -130,24 +132,27 @@ def _assemble(plan: Plan) -> None:
 
     wanted = plan.recipe.output.shards
     assert wanted is not None
-    if plan.folder.shards.exists():  # appears whole
-        return
-    print("writing shards", file=sys.stderr, flush=True)
+    for source in shard_folders(plan.recipe):
+        paths = sorted(plan.folder.ids(source).glob("*.bin"))
+        output = plan.folder.shards / (source or "")
+        if output.exists() or not paths:  # it appears whole
+            continue
+        print(f"writing {output}", file=sys.stderr, flush=True)
+        shards.write_tokenised(
+            partial(_read_ids, paths),
+            load(wanted.tokenizer),
+            output,
+            held_out_fraction=wanted.held_out,
+            shard_bytes=wanted.shard_megabytes * 2**20,
+        )
 
-    def tokenised() -> Iterator[tuple[list[int], list[bytes]]]:
-        for path in sorted(plan.folder.ids.glob("*.bin")):
-            with path.open("rb") as stream:
-                while head := stream.read(HEAD.size):
-                    number, length = HEAD.unpack(head)
-                    yield [number], [stream.read(length)]
 
-    shards.write_tokenised(
-        tokenised,
-        load(wanted.tokenizer),
-        plan.folder.shards,
-        held_out_fraction=wanted.held_out,
-        shard_bytes=wanted.shard_megabytes * 2**20,
-    )
+def _read_ids(paths: Sequence[Path]) -> Iterator[tuple[list[int], list[bytes]]]:
+    for path in paths:
+        with path.open("rb") as stream:
+            while head := stream.read(HEAD.size):
+                number, length = HEAD.unpack(head)
+                yield [number], [stream.read(length)]
 
 
 def _require(plan: Plan, number: int) -> None:

@@ -55,10 +55,9 @@ class Folder:
     def aside(self) -> Path:
         return self.root / "aside"
 
-    @property
-    def ids(self) -> Path:
-        """Ids of documents, before they are put into shards."""
-        return self.root / "work" / "ids"
+    def ids(self, source: str | None) -> Path:
+        """Ids of documents, before they are put into shards: of a source where each has its own, else of all."""
+        return self.root / "work" / "ids" / (source or "")
 
     def task(self, task: int) -> Path:
         return self.root / "plan" / f"{task:05d}.jsonl"

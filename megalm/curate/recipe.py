@@ -65,6 +65,8 @@ class ShardsOutput(Config):
     """Folder, .model or tokenizer.json."""
     held_out: float = Field(0.0, ge=0, lt=1)
     """Share of documents that goes to shards/held_out, by a hash of their group or text."""
+    by_source: bool = False
+    """A folder of shards for each source (shards/SOURCE/train), which training can then blend by weight."""
     shard_megabytes: PositiveInt = 256
     """A shard is closed when it has reached this size."""
 

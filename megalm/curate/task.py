@@ -35,7 +35,7 @@ from megalm.curate.files import (
 )
 from megalm.curate.plan import Plan
 from megalm.curate.readers import Found, Malformed, PassedOver, open_reader
-from megalm.curate.recipe import build
+from megalm.curate.recipe import Recipe, build
 from megalm.curate.step import Merging, Step
 from megalm.errors import MegalmError
 from megalm.tokenizer.base import Tokenizer
@@ -135,6 +135,7 @@ class Phase:
             from megalm.tokenizer.load import load
 
             self.tokenizer = load(self.recipe.output.shards.tokenizer)
+        self._shard_folders = shard_folders(self.recipe)
 
     def run(self, task: int, report: Callable[[Progress], None]) -> None:
         """Work through a task, from where its state stands.
@@ -173,7 +174,8 @@ class Phase:
             suffix = "parquet" if self.recipe.output.text.format == "parquet" else "jsonl.zst"
             paths["text"] = self.folder.text / f"{name}.{suffix}"
         if self.tokenizer is not None:
-            paths["ids"] = self.folder.ids / f"{name}.bin"
+            for source in self._shard_folders:
+                paths[f"ids {source or ''}"] = self.folder.ids(source) / f"{name}.bin"
         return paths
 
     # ---- in ----
@@ -366,25 +368,35 @@ class Phase:
             if content is not None:
                 spent["tokenising"] = time.perf_counter() - started
             with writing(self.folder.root):
-                if content is not None:
-                    outputs.raw("ids").write(content[0])
+                for source, ids in content[0].items() if content else ():
+                    outputs.raw(f"ids {source}").write(ids)
                 if records:
                     outputs.records("text").add(records)
             record_output(tally, kept, self.recipe.audit.count_by, content[1] if content else 0)
         spent["writing"] = time.perf_counter() - started - sum(spent.values())
         return spent
 
-    def _ids(self, documents: Sequence[Document]) -> tuple[bytes, int] | None:
-        """The documents as they stand in a file of ids, and how many ids they are; None where no shards are wanted."""
+    def _ids(self, documents: Sequence[Document]) -> tuple[dict[str, bytes], int] | None:
+        """The documents as they stand in files of ids, by source (one, "", where sources are not told apart), and how
+        many ids they are; None where no shards are wanted."""
         if self.tokenizer is None:
             return None
         from megalm.data import corpus, shards
 
         grouped = [corpus.Document(each.text, "", _group(each)) for each in documents]
         hashes, content = shards.encode_documents(self.tokenizer, grouped)
-        parts = [HEAD.pack(number, len(ids)) + ids for number, ids in zip(hashes, content)]
+        parts: dict[str, list[bytes]] = {}
+        for document, number, ids in zip(documents, hashes, content):
+            source = "" if self._shard_folders == [None] else document.id.partition("/")[0]
+            parts.setdefault(source, []).extend((HEAD.pack(number, len(ids)), ids))
         width = 2 if self.tokenizer.vocab_size <= 2**16 else 4
-        return b"".join(parts), sum(map(len, content)) // width
+        return {source: b"".join(each) for source, each in parts.items()}, sum(map(len, content)) // width
+
+
+def shard_folders(recipe: Recipe) -> list[str | None]:
+    """The sources that have shards of their own; [None] for one folder of all."""
+    shards = recipe.output.shards
+    return [source.name for source in recipe.sources] if shards is not None and shards.by_source else [None]
 
 
 class _Outputs:

@@ -214,7 +214,9 @@ def test_a_share_is_the_same_documents_in_every_run(make_recipe: MakeRecipe, inp
     assert counts["sampled_out"] + counts["documents"] == 300
 
 
-def test_parquet_and_shards_hold_the_same_documents(make_recipe: MakeRecipe, whole: Recipe, tmp_path: Path) -> None:
+def test_parquet_and_shards_hold_the_same_documents(
+    make_recipe: MakeRecipe, whole: Recipe, inputs: Path, tmp_path: Path
+) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     from megalm.data.index import ShardReader
     from megalm.tokenizer.load import load
@@ -237,6 +239,15 @@ def test_parquet_and_shards_hold_the_same_documents(make_recipe: MakeRecipe, who
     report = json.loads((root / "audit.json").read_text())
     lengths = [len(reader.document(i)) for reader in readers for i in range(reader.documents)]
     assert report["tokens_written"] == sum(lengths)
+
+    source = {"path": str(inputs / "0.jsonl"), "name": "zero"}, {"path": str(inputs / "1.jsonl"), "name": "one"}
+    apart = make_recipe("apart", sources=[*source], output={"text": None, "shards": shards | {"by_source": True}})
+    executor.run(apart, 1)
+    counts = json.loads((Path(apart.directory) / "audit.json").read_text())["counts"]["source"]
+    for name in ("zero", "one"):
+        folders = [Path(apart.directory) / "shards" / name / part for part in ("train", "held_out")]
+        documents = sum(ShardReader(str(folder), tokenizer, True).documents for folder in folders)
+        assert documents == counts[name]["documents"] > 10
 
     killed = make_recipe("both again", output={"text": {"format": "parquet"}, "shards": shards})
 
