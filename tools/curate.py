@@ -35,7 +35,9 @@ def main() -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="slurm: print the jobs, submit none")
     parser.add_argument(
-        "--only", metavar="PART", help="one part, as the jobs do: phase:N, merge:N (before phase N) or finish"
+        "--only",
+        metavar="PART",
+        help="one part, as the jobs do: phase:N, merge:N (before phase N), finish; or report: how far it is",
     )
     arguments = parser.parse_args()
     if min(arguments.workers, arguments.jobs) < 1:
@@ -67,13 +69,18 @@ def _part(plan: Plan, part: str, workers: int) -> None:
         started = time.monotonic()
         executor.finish(plan)
         _conclude(plan, time.monotonic() - started)
+    elif name == "report" and not number:
+        for index, left in enumerate(executor.undone(plan, each) for each in range(len(plan.phases))):
+            print(f"phase {index}: {plan.tasks - len(left)} of {plan.tasks} tasks done")
+        executor.write_report(plan, executor.summarise(plan))
+        print(f"report so far: {plan.folder.root / 'audit.html'}")
     elif name in ("phase", "merge") and number.isdecimal() and (name == "merge") <= int(number) < len(plan.phases):
         if name == "merge":
             executor.merge(plan, int(number))
         else:
             executor.run_phase(plan, int(number), slurm.share(range(plan.tasks)), workers)
     else:
-        raise MegalmError(f"--only {part}: write phase:N or merge:N with N below {len(plan.phases)}, or finish")
+        raise MegalmError(f"--only {part}: write phase:N or merge:N with N below {len(plan.phases)}, finish or report")
 
 
 def _conclude(plan: Plan, seconds: float) -> None:

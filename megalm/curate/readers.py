@@ -6,6 +6,7 @@ member per record), rows (Parquet), and 0 where a file is a document.
 
 import importlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ SEPARATOR = "@"
 """Between the file and the position, in the id of a document that is not a file of its own."""
 EXCERPT = 300
 """Characters that are kept of what cannot be read."""
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+"""Of a line of JSON that may hold one, escaped or not."""
 PLAIN = (str, int, float, bool, type(None), list, dict)
 
 
@@ -212,10 +215,11 @@ class JsonlReader(Reader):
             return self._malformed(position, f"no text in {field}", "", excerpt)
         if not text.strip():
             return self._malformed(position, "empty", "", excerpt)
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return self._malformed(position, "not Unicode (lone surrogates)", "", excerpt)
+        if excerpt and SURROGATE.search(excerpt):  # also in what becomes metadata; a pair of them is one character
+            try:
+                json.dumps([text, record], ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                return self._malformed(position, "not Unicode (lone surrogates)", "", excerpt)
         inner = record.pop("metadata", None)
         metadata = {**(inner if isinstance(inner, dict) else {}), **record}
         for name, kept in (("id", "record_id"), ("source", "origin")):

@@ -171,6 +171,11 @@ def _find(path: str, source: Source, key: str, left_out: Counter[str]) -> Iterat
 
 
 def _wanted(path: str, source: Source, left_out: Counter[str]) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        left_out["files whose names are not Unicode"] += 1
+        return False
     if source.extensions is not None:
         good = path.lower().endswith(tuple(source.extensions))
     elif source.format == "code":

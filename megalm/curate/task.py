@@ -337,9 +337,9 @@ class Phase:
                 return
         if self.sketching is not None:
             self.sketching.sketch([document])
-        else:
-            json.dumps(final_record(document), ensure_ascii=False).encode()
-            self._ids([document])
+        json.dumps(final_record(document), ensure_ascii=False).encode()
+        if self.tokenizer is not None:
+            self._ids(self.tokenizer, [document])
 
     # ---- out ----
 
@@ -347,49 +347,48 @@ class Phase:
         """Add a batch to the files of the chunk; seconds by what was done. Raises StepFailed."""
         started = time.perf_counter()
         spent: dict[str, float] = {}
-        if batch.malformed:
+        doing = "writing"
+        try:
             with writing(self.folder.root):
-                outputs.lines("aside").add([_described(found) for found in batch.malformed])
-        if kept and self.sketching is not None:
-            try:
-                sketch = self.sketching.sketch(kept)
-            except Exception as error:
-                raise StepFailed(-1, f"sketching for {self.sketching.kind}", error) from error
-            spent["sketching"] = time.perf_counter() - started
-            with writing(self.folder.root):
-                outputs.raw("sketches").write(sketch)
-                outputs.lines("documents", level=1).add([[each.id, each.text, each.metadata] for each in kept])
-        elif kept:
-            try:
-                content = self._ids(kept)
-                records = [final_record(document) for document in kept] if "text" in outputs.paths else []
-            except Exception as error:
-                raise StepFailed(-1, "tokenising", error) from error
-            if content is not None:
-                spent["tokenising"] = time.perf_counter() - started
-            with writing(self.folder.root):
-                for source, ids in content[0].items() if content else ():
-                    outputs.raw(f"ids {source}").write(ids)
-                if records:
-                    outputs.records("text").add(records)
-            record_output(tally, kept, self.recipe.audit.count_by, content[1] if content else 0)
+                if batch.malformed:
+                    outputs.lines("aside").add([_described(found) for found in batch.malformed])
+                if kept and self.sketching is not None:
+                    doing = f"sketching for {self.sketching.kind}"
+                    outputs.raw("sketches").write(self.sketching.sketch(kept))
+                    spent["sketching"] = time.perf_counter() - started
+                    doing = "writing"
+                    outputs.lines("documents", level=1).add([[each.id, each.text, each.metadata] for each in kept])
+                elif kept:
+                    tokens = 0
+                    if self.tokenizer is not None:
+                        doing = "tokenising"
+                        content, tokens = self._ids(self.tokenizer, kept)
+                        spent["tokenising"] = time.perf_counter() - started
+                        doing = "writing"
+                        for source, ids in content.items():
+                            outputs.raw(f"ids {source}").write(ids)
+                    if "text" in outputs.paths:
+                        outputs.records("text").add([final_record(document) for document in kept])
+                    record_output(tally, kept, self.recipe.audit.count_by, tokens)
+        except MegalmError:
+            raise
+        except Exception as error:
+            raise StepFailed(-1, doing, error) from error
         spent["writing"] = time.perf_counter() - started - sum(spent.values())
         return spent
 
-    def _ids(self, documents: Sequence[Document]) -> tuple[dict[str, bytes], int] | None:
+    def _ids(self, tokenizer: Tokenizer, documents: Sequence[Document]) -> tuple[dict[str, bytes], int]:
         """The documents as they stand in files of ids, by source (one, "", where sources are not told apart), and how
-        many ids they are; None where no shards are wanted."""
-        if self.tokenizer is None:
-            return None
+        many ids they are."""
         from megalm.data import corpus, shards
 
         grouped = [corpus.Document(each.text, "", _group(each)) for each in documents]
-        hashes, content = shards.encode_documents(self.tokenizer, grouped)
+        hashes, content = shards.encode_documents(tokenizer, grouped)
         parts: dict[str, list[bytes]] = {}
         for document, number, ids in zip(documents, hashes, content):
             source = "" if self._shard_folders == [None] else document.id.partition("/")[0]
             parts.setdefault(source, []).extend((HEAD.pack(number, len(ids)), ids))
-        width = 2 if self.tokenizer.vocab_size <= 2**16 else 4
+        width = 2 if tokenizer.vocab_size <= 2**16 else 4
         return {source: b"".join(each) for source, each in parts.items()}, sum(map(len, content)) // width
 
 

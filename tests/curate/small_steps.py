@@ -73,6 +73,18 @@ class FirstOnly(Merging):
         return [Rejection("repeated") if each.id in self.repeated else None for each in documents]
 
 
+class Spoil(Step):
+    """Gives documents metadata that are no Unicode."""
+
+    kind: ClassVar[str] = "spoil"
+    Settings: ClassVar[type[Config]] = NoSettings
+
+    def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
+        for document in documents:
+            document.metadata["title"] = "\ud800"
+        return [None] * len(documents)
+
+
 class Fragile(Step):
     """Breaks on the text `poison`."""
 

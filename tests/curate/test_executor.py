@@ -182,6 +182,12 @@ def test_a_step_that_raises_names_the_document(make_recipe: MakeRecipe, inputs: 
     assert contents(recipe) == contents(whole)
 
 
+def test_what_cannot_be_written_names_the_document(make_recipe: MakeRecipe) -> None:
+    for steps in ([{"kind": f"{STEPS}:Spoil"}], [{"kind": f"{STEPS}:Spoil"}, {"kind": f"{STEPS}:FirstOnly"}]):
+        with pytest.raises(MegalmError, match="writing failed on document web/0.jsonl@0, in task 0: Unicode"):
+            executor.run(make_recipe(f"spoilt {len(steps)}", steps=steps), 1)
+
+
 def test_another_recipe_or_other_files_are_refused(make_recipe: MakeRecipe, whole: Recipe, inputs: Path) -> None:
     with pytest.raises(MegalmError, match=r"begun with another recipe \(steps differ\)"):
         executor.run(make_recipe("whole", steps=[]), 1)

@@ -56,11 +56,12 @@ def assert_resumes(path: Path | str, **settings: Any) -> None:
 LINES = [
     json.dumps({"text": "first 第一", "id": 7, "source": "books", "group": "g"}, ensure_ascii=False),
     "{broken",
-    json.dumps({"text": "second", "metadata": {"url": "http://x/"}}),
+    json.dumps({"text": "second \U0001f600", "metadata": {"url": "http://x/"}}),
     json.dumps({"content": "no text"}),
     "[1, 2]",
     json.dumps({"text": "  "}),
     '{"text": "\\ud800"}',
+    '{"text": "good", "title": "\\uDC00"}',
     "",
     json.dumps({"text": "last"}),
 ]
@@ -74,9 +75,9 @@ def test_jsonl(tmp_path: Path, suffix: str) -> None:
     path.write_bytes(compress(content))
     found = read(path)
     texts = documents(found)
-    assert [each.text for each in texts] == ["first 第一", "second", "last"]
+    assert [each.text for each in texts] == ["first 第一", "second \U0001f600", "last"]
     assert [each.id for each in texts] == [
-        "s/x.jsonl" + suffix + f"@{content.index(line.encode())}" for line in (LINES[0], LINES[2], LINES[8])
+        "s/x.jsonl" + suffix + f"@{content.index(line.encode())}" for line in (LINES[0], LINES[2], LINES[9])
     ]
     assert texts[0].metadata == {"group": "g", "record_id": 7, "origin": "books", "source": "s"}
     assert texts[1].metadata == {"url": "http://x/", "source": "s"}
@@ -85,7 +86,7 @@ def test_jsonl(tmp_path: Path, suffix: str) -> None:
         "no text in text",
         "no text in text",
         "empty",
-        "not Unicode (lone surrogates)",
+        *["not Unicode (lone surrogates)"] * 2,
     ]
     assert_resumes(path)
 

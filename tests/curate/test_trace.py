@@ -1,15 +1,19 @@
 """One document's way is what happened to it in the run."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from megalm.config import dump
 from megalm.curate import executor
 from megalm.curate.trace import changes, find, trace
 from megalm.errors import MegalmError
 from tests.curate.conftest import MakeRecipe
-from tests.curate.test_executor import written
+from tests.curate.test_executor import REPOSITORY, written
 
 
 def test_the_way_of_every_document_is_what_happened(make_recipe: MakeRecipe, inputs: Path) -> None:
@@ -60,3 +64,20 @@ def test_the_files_put_aside_name_what_can_be_traced(make_recipe: MakeRecipe) ->
         for line in zstandard.ZstdDecompressor().stream_reader(path.open("rb")).read().splitlines():
             with pytest.raises(MegalmError, match="not JSON"):
                 find(recipe, json.loads(line)["place"])
+
+
+def test_the_commands(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump(make_recipe()))
+
+    def command(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, f"tools/{tool}", *arguments]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        return subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+
+    wrong = command("curate.py", "--config", str(path), "--set", "tsaks=3")
+    assert wrong.returncode == 2 and "did you mean tasks" in wrong.stderr and "Traceback" not in wrong.stderr
+    early = command("curate.py", "--config", str(path), "--only", "phase:0")
+    assert early.returncode == 2 and "has no plan yet" in early.stderr
+    shown = command("trace_document.py", str(path), "web/2.jsonl@0")
+    assert shown.returncode == 0 and "run the recipe first" in shown.stdout, shown.stderr
