@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from megalm.curate.step import Step
 
 ALL_MEASURED, THEN_EVERY = 2000, 16
 """Of the documents of a task that reach a step, the first so many are measured, then one in so many."""
+FIRST_COUNTED, COUNTED_SHARE = 100, 64
+"""Of the documents of a task that reach a step, the tokens of the first so many are counted, and of one in so many by a
+hash of its id: where its text does not change it is tokenised once for all steps."""
 MOST_VALUES = 200
 """Values of a metadata key that are told apart; the rest are counted together."""
 OTHERS = "(others)"
@@ -31,6 +34,18 @@ class Measure:
 
 
 @dataclass
+class TokenCount:
+    """Characters and tokens of a sample."""
+
+    characters: int = 0
+    tokens: int = 0
+
+    def estimate(self, characters: int) -> int | None:
+        """Tokens of so many characters; None where nothing was counted."""
+        return round(characters * self.tokens / self.characters) if self.characters else None
+
+
+@dataclass
 class StepTally:
     """A step. samples: reason -> [hash, id, detail, beginning of the text], sorted."""
 
@@ -39,6 +54,8 @@ class StepTally:
     documents_out: int = 0
     characters_in: int = 0
     characters_out: int = 0
+    counted_in: TokenCount = field(default_factory=lambda: TokenCount())
+    counted_out: TokenCount = field(default_factory=lambda: TokenCount())
     changed: int = 0
     """Documents that go on with another text."""
     seconds: float = 0.0
@@ -83,6 +100,8 @@ class Tally:
         for index, step in sorted(other.steps.items()):
             kept = self.steps.setdefault(index, StepTally(step.kind))
             _add(kept, step)
+            _add(kept.counted_in, step.counted_in)
+            _add(kept.counted_out, step.counted_out)
             for reason, found in step.samples.items():
                 kept.samples[reason] = _smallest([*kept.samples.get(reason, []), *found], samples)
             for name, measure in step.measures.items():
@@ -114,8 +133,9 @@ class Tally:
         for index, step in given["steps"].items():
             samples = {reason: [tuple(sample) for sample in found] for reason, found in step["samples"].items()}
             measures = {name: _measure(measure) for name, measure in step["measures"].items()}
-            reasons = Counter(step["reasons"])
-            steps[int(index)] = StepTally(**step | {"samples": samples, "measures": measures, "reasons": reasons})
+            counted = {name: TokenCount(**step[name]) for name in ("counted_in", "counted_out")}
+            parts = {"samples": samples, "measures": measures, "reasons": Counter(step["reasons"]), **counted}
+            steps[int(index)] = StepTally(**step | parts)
         return Tally(**given | {"steps": steps, "lengths": _measure(given["lengths"])})
 
 
@@ -171,10 +191,17 @@ def record_step(
     seconds: float,
     samples: int,
     sample_characters: int,
+    count_tokens: Callable[[str], int] | None = None,
 ) -> None:
     """Count what a step did to a batch. before: the texts that it was given."""
     for document, text, rejection in zip(documents, before, rejections):
         number = tally.documents_in
+        if count_tokens and (number < FIRST_COUNTED or hash_of(document.id, "megalm-tokens") % COUNTED_SHARE == 0):
+            tally.counted_in.characters += len(text)
+            tally.counted_in.tokens += count_tokens(text)
+            if rejection is None:
+                tally.counted_out.characters += len(document.text)
+                tally.counted_out.tokens += count_tokens(document.text)
         tally.documents_in += 1
         tally.characters_in += len(text)
         if rejection is None:
@@ -228,6 +255,8 @@ def summary(
                 "documents_out": step.documents_out,
                 "characters_in": step.characters_in,
                 "characters_out": step.characters_out,
+                "tokens_in": step.counted_in.estimate(step.characters_in),
+                "tokens_out": step.counted_out.estimate(step.characters_out),
                 "changed": step.changed,
                 "seconds": round(step.seconds, 3),
                 "reasons": dict(sorted(step.reasons.items(), key=lambda item: (-item[1], item[0]))),

@@ -21,6 +21,7 @@ def draw(report: Mapping[str, Any]) -> str:
     lengths = _charts({"characters of a document": report["lengths"]}, "written", "read")
     return page.render(
         report=report,
+        tokens=any(step["tokens_in"] is not None for step in report["steps"]),
         malformed=sum(sum(source["malformed"].values()) for source in report["sources"].values()),
         funnel=funnel(report),
         lengths=lengths[0] if lengths else None,
@@ -281,21 +282,25 @@ details { margin: .5em 0; } summary { cursor: pointer; color: #0072B2; }
 <p class="note">Pale: what a step was given. Percentages are of what was read.</p>
 <div class="wide"><table>
 <tr><th class="text">step</th><th>documents in</th><th>out</th><th>removed</th><th>changed</th><th>characters in</th>
-<th>out</th><th>core seconds</th><th>documents/s</th><th>MB/s</th></tr>
+<th>out</th>{% if tokens %}<th>tokens in</th><th>out</th>{% endif %}
+<th>core seconds</th><th>documents/s</th><th>MB/s</th></tr>
 {% for step in report.steps %}
 <tr><td class="text"><a href="#step-{{ step.index }}">{{ step.index }} {{ step.kind }}</a></td>
 <td>{{ count(step.documents_in) }}</td><td>{{ count(step.documents_out) }}</td>
 <td>{{ share(step.documents_in - step.documents_out, step.documents_in) }}</td><td>{{ count(step.changed) }}</td>
-<td>{{ count(step.characters_in) }}</td><td>{{ count(step.characters_out) }}</td><td>{{ "%.1f" % step.seconds }}</td>
+<td>{{ count(step.characters_in) }}</td><td>{{ count(step.characters_out) }}</td>
+{% if tokens %}<td>{{ count(step.tokens_in) }}</td><td>{{ count(step.tokens_out) }}</td>{% endif %}
+<td>{{ "%.1f" % step.seconds }}</td>
 <td>{{ count((step.documents_in / step.seconds) | round) if step.seconds else "" }}</td>
 <td>{{ "%.1f" % (step.characters_in / step.seconds / 1000000) if step.seconds else "" }}</td></tr>
 {% endfor %}
 {% for name, seconds in report.seconds.items() %}
 <tr><td class="text note">{{ name }}</td><td></td><td></td><td></td><td></td><td></td><td></td>
-<td>{{ "%.1f" % seconds }}</td><td></td><td></td></tr>
+{% if tokens %}<td></td><td></td>{% endif %}<td>{{ "%.1f" % seconds }}</td><td></td><td></td></tr>
 {% endfor %}
 </table></div>
-<p class="note">Rates are those of one core; MB are millions of characters.</p>
+<p class="note">Rates are those of one core; MB are millions of characters.
+{% if tokens %}Tokens are estimated from a sample of the documents.{% endif %}</p>
 
 <h2>Sources</h2>
 <div class="wide"><table>

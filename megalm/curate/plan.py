@@ -110,10 +110,11 @@ def prepare(recipe: Recipe) -> Plan:
     no file.
     """
     folder = Folder(Path(recipe.directory))
-    if recipe.output.shards is not None:
+    wanted = [recipe.audit.tokenizer, recipe.output.shards.tokenizer if recipe.output.shards is not None else None]
+    for path in filter(None, wanted):
         from megalm.tokenizer.load import load
 
-        load(recipe.output.shards.tokenizer)  # before hours of work that would end at it
+        load(path)  # before hours of work that would end at it
     if folder.recipe.exists():
         _compare(folder, recipe)
     elif folder.root.is_dir() and any(not path.name.startswith(".") for path in folder.root.iterdir()):

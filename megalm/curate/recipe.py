@@ -87,6 +87,8 @@ class Audit(Config):
     """Removed documents that are shown, for every reason of a step."""
     sample_characters: PositiveInt = 600
     """Of each of them."""
+    tokenizer: str | None = None
+    """Counts tokens at every step, on a sample. Default: that of output.shards, and without shards none."""
     count_by: list[str] = Field(default_factory=lambda: ["source", "language"])
     """Metadata by which the documents that are kept are counted."""
 

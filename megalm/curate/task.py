@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from megalm.curate.audit import (
@@ -135,6 +136,12 @@ class Phase:
             from megalm.tokenizer.load import load
 
             self.tokenizer = load(self.recipe.output.shards.tokenizer)
+        path = self.recipe.audit.tokenizer or (self.recipe.output.shards and self.recipe.output.shards.tokenizer)
+        self._counting: Tokenizer | None = None
+        if path:
+            from megalm.tokenizer.load import load
+
+            self._counting = load(path)
         self._shard_folders = shard_folders(self.recipe)
 
     def run(self, task: int, report: Callable[[Progress], None]) -> None:
@@ -281,6 +288,9 @@ class Phase:
         """Those documents that pass all steps of this phase. Raises StepFailed."""
         left = list(documents)
         lengths = [len(document.text) for document in left] if self.number == 0 else []
+        counter = self._counting
+        # A text that no step changes is tokenised once; the batch's texts are forgotten with it.
+        count = cache(lambda text: len(counter.encode(text))) if counter is not None else None
         for index, step in self.steps:
             counted = tally.steps.setdefault(index, StepTally(step.kind))
             if not left:
@@ -293,7 +303,9 @@ class Phase:
                     raise ValueError(f"apply() returned {len(rejections)} verdicts for {len(left)} documents")
                 seconds = time.perf_counter() - started
                 audit = self.recipe.audit
-                record_step(counted, step, left, before, rejections, seconds, audit.samples, audit.sample_characters)
+                record_step(
+                    counted, step, left, before, rejections, seconds, audit.samples, audit.sample_characters, count
+                )
             except Exception as error:
                 raise StepFailed(index, step.kind, error) from error
             left = [document for document, rejection in zip(left, rejections) if rejection is None]

@@ -255,6 +255,11 @@ def test_parquet_and_shards_hold_the_same_documents(
         documents = sum(ShardReader(str(folder), tokenizer, True).documents for folder in folders)
         assert documents == counts[name]["documents"] > 10
 
+    step = report["steps"][2]
+    ends = step["documents_out"]  # of a document each: they are in the shards, and not in the text
+    assert step["tokens_out"] == pytest.approx(report["tokens_written"] - ends, rel=0.05)
+    assert step["tokens_in"] > step["tokens_out"]
+
     killed = make_recipe("both again", output={"text": {"format": "parquet"}, "shards": shards})
 
     def die_in_the_second_phase() -> None:
