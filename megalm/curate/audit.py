@@ -243,9 +243,12 @@ def summary(
     """What audit.json holds. merges: of merging steps, by index, what they had to say. files: of the plan."""
     kinds = [step["kind"] for step in recipe["steps"]]
     steps = []
+    tokens: int | None = None
     documents = sum(source.documents for source in tally.sources.values())
     for index, kind in enumerate(kinds):
         step = tally.steps.get(index, StepTally(kind))
+        tokens_in = tokens if tokens is not None else step.counted_in.estimate(step.characters_in)
+        tokens = _tokens_out(step, tokens_in)
         steps.append(
             {
                 "index": index,
@@ -255,8 +258,8 @@ def summary(
                 "documents_out": step.documents_out,
                 "characters_in": step.characters_in,
                 "characters_out": step.characters_out,
-                "tokens_in": step.counted_in.estimate(step.characters_in),
-                "tokens_out": step.counted_out.estimate(step.characters_out),
+                "tokens_in": tokens_in,
+                "tokens_out": tokens,
                 "changed": step.changed,
                 "seconds": round(step.seconds, 3),
                 "reasons": dict(sorted(step.reasons.items(), key=lambda item: (-item[1], item[0]))),
@@ -288,6 +291,20 @@ def summary(
         },
         "seconds": {name: round(seconds, 3) for name, seconds in sorted(tally.seconds.items())},
     }
+
+
+def _tokens_out(step: StepTally, tokens_in: int | None) -> int | None:
+    """What is left of so many tokens: the share that its sample has left, so that a step that removes nothing leaves
+    all of them."""
+    if tokens_in is None:
+        return None
+    before, after = (
+        each.estimate(size)
+        for each, size in ((step.counted_in, step.characters_in), (step.counted_out, step.characters_out))
+    )
+    if not before or after is None:
+        return round(tokens_in * step.characters_out / step.characters_in) if step.characters_in else 0
+    return round(tokens_in * after / before)
 
 
 def histogram(measure: Measure) -> dict[str, Any]:

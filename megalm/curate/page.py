@@ -130,7 +130,8 @@ def histogram(name: str, measure: Mapping[str, Any], kept: str = "kept", removed
     for share_of in (0.5, 1.0):
         y = top + height * (1 - share_of)
         parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GRID}"/>')
-        parts.append(_text(left - 5, y + 4, count(highest * share_of), MUTED, anchor="end", size=11))
+        if float(highest * share_of).is_integer():
+            parts.append(_text(left - 5, y + 4, count(highest * share_of), MUTED, anchor="end", size=11))
     for index, (front, back) in enumerate(sums):
         x = left + index * step
         low, high = (_tick(edge, is_log) for edge in edges[index : index + 2])
@@ -262,6 +263,7 @@ svg { max-width: 100%; height: auto; vertical-align: top; }
 table { border-collapse: collapse; font-size: .92em; }
 th, td { padding: .3em .7em; text-align: right; vertical-align: top; border-bottom: 1px solid #eee; }
 th, td { white-space: nowrap; }
+.dense { font-size: .85em; } .dense th, .dense td { padding: .3em .5em; }
 th { font-weight: 600; color: #555; } .text { text-align: left; }
 td.sample { white-space: pre-wrap; overflow-wrap: anywhere; text-align: left; min-width: 24em; }
 .note { color: #666; } code { font-size: .92em; }
@@ -271,7 +273,7 @@ details { margin: .5em 0; } summary { cursor: pointer; color: #0072B2; }
 <body>
 <h1>{{ report.name }}</h1>
 <p>{{ count(report.documents_read) }} documents ({{ count(report.characters_read) }} characters) were read from
-{{ count(report.files.files) }} files; {{ count(report.documents_written) }}
+{{ count(report.files.files) }} file{{ "s" if report.files.files != 1 }}; {{ count(report.documents_written) }}
 ({{ share(report.documents_written, report.documents_read) }}) were written,
 {{ count(report.characters_written) }} characters
 {%- if report.tokens_written is not none %}, {{ count(report.tokens_written) }} tokens{% endif %}.
@@ -280,7 +282,7 @@ details { margin: .5em 0; } summary { cursor: pointer; color: #0072B2; }
 <h2>What is left after each step</h2>
 {{ funnel | safe }}
 <p class="note">Pale: what a step was given. Percentages are of what was read.</p>
-<div class="wide"><table>
+<div class="wide"><table class="dense">
 <tr><th class="text">step</th><th>documents in</th><th>out</th><th>removed</th><th>changed</th><th>characters in</th>
 <th>out</th>{% if tokens %}<th>tokens in</th><th>out</th>{% endif %}
 <th>core seconds</th><th>documents/s</th><th>MB/s</th></tr>
@@ -329,8 +331,8 @@ details { margin: .5em 0; } summary { cursor: pointer; color: #0072B2; }
 
 {% for step in report.steps %}
 <h2 id="step-{{ step.index }}">{{ step.index }} {{ step.kind }}</h2>
-<p>{{ count(step.documents_in) }} documents in, {{ count(step.documents_out) }} out, {{ count(step.changed) or "none" }}
-of them with another text.
+<p>{{ count(step.documents_in) }} documents in, {{ count(step.documents_out) }} out,
+{{ count(step.changed) if step.changed else "none" }} of them with another text.
 {% if step.settings %}<span class="note">Settings: {% for key, value in step.settings.items() %}<code>{{ key }}:
 {{ value }}</code>{{ ", " if not loop.last }}{% endfor %}</span>{% endif %}</p>
 {% if step.reasons %}

@@ -25,8 +25,10 @@ from megalm.curate.step import Merging, Step
 from megalm.errors import MegalmError
 
 Format = Literal["auto", "warc", "wet", "html", "jsonl", "parquet", "text", "code"]
-REGISTRY = "megalm.curate.steps"
-"""Whose KINDS maps a kind of step to `module:Class`, the module below it; it imports none of them."""
+STEPS = "megalm.curate.steps"
+"""Package of the steps."""
+REGISTRY = STEPS
+"""Module whose KINDS maps a kind of step to `module:Class`, the module below STEPS; it imports none of them."""
 
 
 class Source(Config):
@@ -191,7 +193,7 @@ def step_class(key: str, kind: str) -> type[Step]:
         known = kinds()
         if kind not in known:
             raise ValueError(f"{key} {kind} is no kind of step{_closest(kind, sorted(known))}")
-        target = f"{REGISTRY}.{known[kind]}"
+        target = f"{STEPS}.{known[kind]}"
     module, _, name = target.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,30 @@ def test_encodings_of_pages() -> None:
     assert web.decode_page("café".encode("cp1252"), "iso-8859-1") == ("café", "cp1252")
     assert web.decode_page(text.encode()[:-8], "utf-8") == (text[:-6] + "\ufffd", "utf-8"), "cut short in a character"
     assert web.decode_page(text.encode("big5hkscs", "ignore"))[1].startswith("big5"), "declared nowhere"
+
+
+def test_http_bodies() -> None:
+    page = b"<p>" + b"text " * 100 + b"</p>"
+    raw_deflate = zlib.compressobj(wbits=-15)
+    bodies = {
+        "gzip": [gzip.compress(page), page],  # many crawlers decode the body and keep the header
+        "deflate": [zlib.compress(page), raw_deflate.compress(page) + raw_deflate.flush()],
+        "identity": [page],
+    }
+    for coding, sent in bodies.items():
+        for body in sent:
+            message = b"HTTP/1.1 200 OK\r\nContent-Encoding: " + coding.encode() + b"\r\n\r\n" + body
+            assert web.parse_http(message, 10**6)[2] == page, coding
+    brotli = pytest.importorskip("brotli")
+    message = b"HTTP/1.1 200 OK\r\nContent-Encoding: br\r\n\r\n" + brotli.compress(page)
+    assert web.parse_http(message, 10**6)[2] == page
+    plain = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n<p>not chunked</p>"
+    assert web.parse_http(plain, 10**6)[2] == b"<p>not chunked</p>"
+    for body, reason in [(gzip.compress(bytes(2 * 10**6)), "too large"), (b"\x1f\x8bxx", "does not decompress")]:
+        with pytest.raises(web.NotHttp, match=reason):
+            web.parse_http(b"HTTP/1.1 200 OK\nContent-Encoding: gzip\n\n" + body, 10**6)
+    with pytest.raises(web.NotHttp, match="unknown content encoding"):
+        web.parse_http(b"HTTP/1.1 200 OK\nContent-Encoding: zoo\n\nx", 10**6)
 
 
 # ---- Parquet ----
