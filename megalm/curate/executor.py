@@ -226,8 +226,9 @@ def _in_processes(
                     except MegalmError as error:
                         failures.append(str(error))
             except BaseException:
+                processes = list(getattr(pool, "_processes", None) or {})  # shutdown() forgets them
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(getattr(pool, "_processes", None) or {}):
+                for process in processes:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(process, signal.SIGKILL)  # each goes on from its last chunk the next time
                 raise
