@@ -153,7 +153,7 @@ class Phase:
         state = State.load(path)
         if not state.done:
             with writing(self.folder.root):
-                self._clean(task)
+                self._clean(task, state.chunks)
             batches = self._batches(task, state)
             while not state.done:
                 self._chunk(task, state, batches, report)
@@ -163,11 +163,13 @@ class Phase:
             for file in self._inputs(task):
                 file.unlink(missing_ok=True)
 
-    def _clean(self, task: int) -> None:
-        """Remove what a killed process left of this task."""
+    def _clean(self, task: int, chunks: int) -> None:
+        """Remove what a killed process left of this task beyond its `chunks` whole ones."""
         for folder in {output.parent for output in self._paths(task, 0).values()}:
-            for partial in folder.glob(f".{task:05d}-*{PARTIAL}"):
-                partial.unlink(missing_ok=True)
+            left = [*folder.glob(f".{task:05d}-*{PARTIAL}")]
+            left += [path for path in folder.glob(f"{task:05d}-*") if int(path.name[6:12]) >= chunks]
+            for path in left:
+                path.unlink(missing_ok=True)
 
     def _paths(self, task: int, chunk: int) -> dict[str, Path]:
         """The files that a chunk may have."""

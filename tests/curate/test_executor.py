@@ -135,6 +135,18 @@ def test_a_command_on_two_processes_that_is_killed_continues(
     assert contents(recipe) == contents(whole)
 
 
+def test_files_without_a_state_do_not_stay(make_recipe: MakeRecipe, whole: Recipe) -> None:
+    """A killed process may have named the files of a chunk that its successor, with a mended step, does not write."""
+    recipe = make_recipe("stale")
+    text = Path(recipe.directory) / "text"
+    prepare(recipe)
+    text.mkdir()
+    for name in ("00000-000000.jsonl.zst", "00001-000099.jsonl.zst", ".00001-000000.jsonl.zst.1.partial"):
+        (text / name).write_bytes(b"stale")
+    executor.run(recipe, 1)
+    assert contents(recipe) == contents(whole)
+
+
 def test_a_finished_run_is_not_done_again(whole: Recipe) -> None:
     before = {path: path.stat().st_mtime_ns for path in (Path(whole.directory) / "text").iterdir()}
     executor.run(whole, 1)
