@@ -6,7 +6,6 @@ member per record), rows (Parquet), and 0 where a file is a document.
 
 import importlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ SEPARATOR = "@"
 """Between the file and the position, in the id of a document that is not a file of its own."""
 EXCERPT = 300
 """Characters that are kept of what cannot be read."""
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
-"""Of a line of JSON that may hold one, escaped or not."""
+MAYBE_SURROGATE = (b"\\ud", b"\\uD", b"\xed")
+"""What a line of JSON has in it that holds half a character, escaped or not; most such lines are in order."""
 PLAIN = (str, int, float, bool, type(None), list, dict)
 
 
@@ -100,7 +99,7 @@ class Reader(ABC):
         name = f"{self.source.name}/{self.file.name}"
         return name if self.is_whole_file else f"{name}{SEPARATOR}{position}"
 
-    def _document(self, position: int, text: str, **metadata: Any) -> Document:
+    def _document(self, position: int, text: str, metadata: dict[str, Any]) -> Document:
         known = {"source": self.source.name, **self.source.metadata}
         return Document(self._id(position), text, metadata | known)
 
@@ -144,7 +143,7 @@ class TextReader(WholeFile):
 
     def _found(self, content: bytes) -> Found:
         text = self._text(content)
-        return self._document(0, text, content_type="text/plain") if isinstance(text, str) else text
+        return self._document(0, text, {"content_type": "text/plain"}) if isinstance(text, str) else text
 
 
 class CodeReader(WholeFile):
@@ -155,7 +154,7 @@ class CodeReader(WholeFile):
         if not isinstance(text, str):
             return text
         language = LANGUAGES.get(PurePosixPath(self.file.name).suffix.lower(), "unknown")
-        return self._document(0, text, path=self.file.name, programming_language=language)
+        return self._document(0, text, {"path": self.file.name, "programming_language": language})
 
 
 class HtmlReader(WholeFile):
@@ -163,7 +162,7 @@ class HtmlReader(WholeFile):
 
     def _found(self, content: bytes) -> Found:
         text, encoding = web.decode_page(content)
-        return self._document(0, text, content_type="text/html", encoding=encoding)
+        return self._document(0, text, {"content_type": "text/html", "encoding": encoding})
 
 
 class JsonlReader(Reader):
@@ -215,7 +214,7 @@ class JsonlReader(Reader):
             return self._malformed(position, f"no text in {field}", "", excerpt)
         if not text.strip():
             return self._malformed(position, "empty", "", excerpt)
-        if excerpt and SURROGATE.search(excerpt):  # also in what becomes metadata; a pair of them is one character
+        if any(sign in excerpt for sign in MAYBE_SURROGATE):  # also in what becomes metadata
             try:
                 json.dumps([text, record], ensure_ascii=False).encode()
             except UnicodeEncodeError:
@@ -225,7 +224,7 @@ class JsonlReader(Reader):
         for name, kept in (("id", "record_id"), ("source", "origin")):
             if (value := metadata.pop(name, None)) is not None:
                 metadata.setdefault(kept, value)
-        return self._document(position, text, **metadata)
+        return self._document(position, text, metadata)
 
 
 class ParquetReader(JsonlReader):
@@ -299,7 +298,7 @@ class WarcReader(Reader):
             return PassedOver("responses without a body")
         text, encoding = web.decode_page(body, web.charset(content_type))
         media = "text/plain" if media == "text/plain" else "text/html"
-        return self._document(record.position, text, **_described(record), content_type=media, encoding=encoding)
+        return self._document(record.position, text, _described(record) | {"content_type": media, "encoding": encoding})
 
 
 class WetReader(WarcReader):
@@ -315,7 +314,7 @@ class WetReader(WarcReader):
             return self._malformed(record.position, "not UTF-8", f"at byte {error.start}", content[error.start :])
         if not text.strip():
             return self._malformed(record.position, "empty")
-        return self._document(record.position, text, **_described(record), content_type="text/plain")
+        return self._document(record.position, text, _described(record) | {"content_type": "text/plain"})
 
 
 KINDS = {"warcinfo", "request", "metadata", "revisit", "response", "resource", "conversion", "continuation", ""}

@@ -27,7 +27,7 @@ from megalm.errors import MegalmError
 Format = Literal["auto", "warc", "wet", "html", "jsonl", "parquet", "text", "code"]
 STEPS = "megalm.curate.steps"
 """Package of the steps."""
-REGISTRY = STEPS
+REGISTRY = f"{STEPS}.registry"
 """Module whose KINDS maps a kind of step to `module:Class`, the module below STEPS; it imports none of them."""
 
 

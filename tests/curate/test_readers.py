@@ -55,7 +55,9 @@ def assert_resumes(path: Path | str, **settings: Any) -> None:
 # ---- JSONL ----
 
 LINES = [
-    json.dumps({"text": "first 第一", "id": 7, "source": "books", "group": "g"}, ensure_ascii=False),
+    json.dumps(
+        {"text": "first 第一", "id": 7, "source": "books", "group": "g", "position": 1, "self": 2}, ensure_ascii=False
+    ),
     "{broken",
     json.dumps({"text": "second \U0001f600", "metadata": {"url": "http://x/"}}),
     json.dumps({"content": "no text"}),
@@ -80,7 +82,10 @@ def test_jsonl(tmp_path: Path, suffix: str) -> None:
     assert [each.id for each in texts] == [
         "s/x.jsonl" + suffix + f"@{content.index(line.encode())}" for line in (LINES[0], LINES[2], LINES[9])
     ]
-    assert texts[0].metadata == {"group": "g", "record_id": 7, "origin": "books", "source": "s"}
+    assert texts[0].metadata == {
+        **{"group": "g", "record_id": 7, "origin": "books", "source": "s"},
+        **{"position": 1, "self": 2},  # names of arguments, elsewhere
+    }
     assert texts[1].metadata == {"url": "http://x/", "source": "s"}
     assert reasons(found) == [
         "not JSON",
