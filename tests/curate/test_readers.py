@@ -83,8 +83,12 @@ def test_jsonl(tmp_path: Path, suffix: str) -> None:
         "s/x.jsonl" + suffix + f"@{content.index(line.encode())}" for line in (LINES[0], LINES[2], LINES[9])
     ]
     assert texts[0].metadata == {
-        **{"group": "g", "record_id": 7, "origin": "books", "source": "s"},
-        **{"position": 1, "self": 2},  # names of arguments, elsewhere
+        "group": "g",
+        "record_id": 7,
+        "origin": "books",
+        "source": "s",
+        "position": 1,
+        "self": 2,  # names of arguments, elsewhere
     }
     assert texts[1].metadata == {"url": "http://x/", "source": "s"}
     assert reasons(found) == [
