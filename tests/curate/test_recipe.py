@@ -11,6 +11,7 @@ from megalm.curate.recipe import Recipe, build, phases
 from megalm.errors import MegalmError
 from tests.curate.conftest import STEPS, MakeRecipe
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = f"""
 name: notes
 directory: out
@@ -79,7 +80,7 @@ def test_every_merging_step_begins_a_phase(make_recipe: MakeRecipe) -> None:
 
 def test_curation_needs_no_torch() -> None:
     code = "import sys, megalm.curate.executor, megalm.curate.trace; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
 def test_a_misspelt_kind_gets_the_closest_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,3 +89,9 @@ def test_a_misspelt_kind_gets_the_closest_one(tmp_path: Path, monkeypatch: pytes
     assert "recipe.yaml:8" in sentence and "no kind of step; did you mean language?" in sentence
     sentence = said(tmp_path, RECIPE.replace(f"{STEPS}:LongEnough", "zzz"))
     assert "known here: exact_documents, language" in sentence
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_that_come_with_megalm_are_valid(path: Path) -> None:
+    pytest.importorskip("megalm.curate.steps.registry")
+    assert load(str(path), Recipe).steps
