@@ -26,7 +26,7 @@ ALLOWED = {
     "parallel": {"nn", "optim", "layout", "config"},
     "tokenizer": {"config"},
     "data": {"tokenizer", "config"},
-    "curate": {"tokenizer", "config"},
+    "curate": {"tokenizer", "data", "config"},  # data: its shards are the output
     "optim": {"config", "nvidia_apex"},
     "metrics": {"config"},
     "checkpoint": {"config"},

@@ -107,7 +107,7 @@ def _files(folder: Path, tally: Tally) -> Iterator[Path]:
 
 def read_lines(path: Path) -> Iterator[bytes]:
     """Lines of a file, plain or compressed. Raises MegalmError if it cannot be opened, is damaged or cut short."""
-    with _open_raw(path) as raw, _decompressed(raw, path) as stream:
+    with _open_raw(path) as raw, decompressed(raw, path) as stream:
         yield from _lines(stream, path)
 
 
@@ -181,7 +181,7 @@ class JsonlReader:
     def __iter__(self) -> Iterator[Document]:
         done = 0
         for path in self.paths:
-            with _open_raw(path) as raw, _decompressed(raw, path) as stream:
+            with _open_raw(path) as raw, decompressed(raw, path) as stream:
                 for line in _lines(stream, path):
                     self.bytes_read = done + raw.tell()
                     document = self._parse(line, str(path))
@@ -221,7 +221,8 @@ def _open_raw(path: Path) -> BinaryIO:
         raise MegalmError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
+def decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
+    """The content of an open file, which its suffix says how to decompress."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]

@@ -93,24 +93,62 @@ def write(
     Raises:
         MegalmError: nothing to write, a folder that exists or cannot be written, a full disk.
     """
-    output = Path(output)
-    if not 0.0 <= held_out_fraction < 1.0:
-        raise MegalmError(f"the held-out fraction is {held_out_fraction}: choose at least 0 and less than 1")
     if workers < 1:
         raise MegalmError(f"the number of workers is {workers}: choose at least 1")
     tokenizer = load(tokenizer_path)
+    tally, reader = Tally(), JsonlReader(corpus, Tally(), text_field)
+
+    def tokenised() -> Iterator[tuple[list[int], list[bytes]]]:
+        nonlocal tally, reader
+        tally = Tally()
+        reader = JsonlReader(corpus, tally, text_field)
+        yield from _tokenise(reader, tokenizer_path, tokenizer, workers)
+
+    def progress(documents: int, tokens: int) -> None:
+        if report is not None:
+            report(Progress(reader.bytes_read, reader.total_bytes, documents, tokens))
+
+    return write_tokenised(
+        tokenised,
+        tokenizer,
+        output,
+        held_out_fraction=held_out_fraction,
+        shard_bytes=shard_bytes,
+        overwrite=overwrite,
+        skipped=lambda: tally.skipped,
+        report=progress,
+    )
+
+
+def write_tokenised(
+    tokenised: Callable[[], Iterable[tuple[list[int], list[bytes]]]],
+    tokenizer: Tokenizer,
+    output: str | Path,
+    *,
+    held_out_fraction: float = 0.0,
+    shard_bytes: int = 256 * 2**20,
+    overwrite: bool = False,
+    skipped: Callable[[], Counter[str]] = Counter,
+    report: Callable[[int, int], None] | None = None,
+) -> Written:
+    """`write`, of documents that are tokenised already.
+
+    Args:
+        tokenised: called once, or twice for a corpus so small that chance held out none; returns batches of (held-out
+            hashes, ids as bytes), as encode_documents() does.
+        skipped: called at the end: documents that were left out, by reason.
+        report: called after every batch with the documents and tokens so far.
+    """
+    output = Path(output)
+    if not 0.0 <= held_out_fraction < 1.0:
+        raise MegalmError(f"the held-out fraction is {held_out_fraction}: choose at least 0 and less than 1")
     threshold = int(held_out_fraction * 2**64)
     try:
         with _partial_folder(output, overwrite) as partial:
             while True:
-                tally = Tally()
-                reader = JsonlReader(corpus, tally, text_field)
-                tokenised = _tokenise(reader, tokenizer_path, tokenizer, workers)
-                parts, smallest_hash = _write_parts(
-                    tokenised, partial, tokenizer, threshold, shard_bytes, reader, report
-                )
+                parts, smallest_hash = _write_parts(tokenised(), partial, tokenizer, threshold, shard_bytes, report)
                 if parts[TRAIN].documents + parts[HELD_OUT].documents == 0:
-                    raise MegalmError(f"the corpus holds no document to write (skipped: {dict(tally.skipped)})")
+                    raise MegalmError(f"the corpus holds no document to write (skipped: {dict(skipped())})")
                 if held_out_fraction and parts[TRAIN].documents + parts[HELD_OUT].documents == 1:
                     raise MegalmError("the corpus is a single document: give more, or set the held-out fraction to 0")
                 if held_out_fraction == 0.0 or parts[HELD_OUT].documents:
@@ -120,7 +158,7 @@ def write(
                 raise MegalmError(f"a held-out fraction of {held_out_fraction} leaves nothing to train on: lower it")
             for part in parts.values():
                 if part.documents:
-                    part.finish(tally.skipped)
+                    part.finish(skipped())
                 else:
                     part.folder.rmdir()
     except BrokenProcessPool as error:
@@ -130,7 +168,7 @@ def write(
     return Written(
         {name: part.documents for name, part in parts.items()},
         {name: part.tokens for name, part in parts.items()},
-        tally.skipped,
+        skipped(),
     )
 
 
@@ -146,8 +184,7 @@ def _write_parts(
     tokenizer: Tokenizer,
     threshold: int,
     shard_bytes: int,
-    reader: JsonlReader,
-    report: Callable[[Progress], None] | None,
+    report: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, "ShardWriter"], int]:
     """Distribute documents over the parts; also the smallest hash seen."""
     smallest = 2**64 - 1
@@ -162,9 +199,7 @@ def _write_parts(
                 smallest = min(smallest, number)
                 parts[HELD_OUT if number < threshold else TRAIN].add(ids)
             if report is not None:
-                documents_done = sum(part.documents for part in parts.values())
-                tokens_done = sum(part.tokens for part in parts.values())
-                report(Progress(reader.bytes_read, reader.total_bytes, documents_done, tokens_done))
+                report(sum(part.documents for part in parts.values()), sum(part.tokens for part in parts.values()))
         for part in parts.values():
             part.close_shard()
     return parts, smallest

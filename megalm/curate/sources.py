@@ -1,0 +1,210 @@
+"""Which files a source is: local paths and fsspec URLs, folders and patterns."""
+
+import glob
+import importlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+from megalm.curate.recipe import Source
+from megalm.errors import MegalmError
+
+COMPRESSIONS = (".gz", ".zst")
+SUFFIXES = {
+    "warc": (".warc",),
+    "wet": (".wet",),
+    "html": (".html", ".htm", ".xhtml"),
+    "jsonl": (".jsonl", ".ndjson"),
+    "parquet": (".parquet",),
+    "text": (".txt", ".text", ".md", ".rst"),
+}
+"""Format -> its files, each with or without the suffix of a compression."""
+LANGUAGES = {
+    ".py": "python",
+    ".pyi": "python",
+    ".ipynb": "jupyter",
+    ".r": "r",
+    ".jl": "julia",
+    ".m": "matlab",
+    ".c": "c",
+    ".h": "c",
+    ".cc": "c++",
+    ".cpp": "c++",
+    ".cxx": "c++",
+    ".hpp": "c++",
+    ".cu": "cuda",
+    ".cuh": "cuda",
+    ".java": "java",
+    ".kt": "kotlin",
+    ".scala": "scala",
+    ".cs": "c#",
+    ".go": "go",
+    ".rs": "rust",
+    ".swift": "swift",
+    ".js": "javascript",
+    ".mjs": "javascript",
+    ".jsx": "javascript",
+    ".ts": "typescript",
+    ".tsx": "typescript",
+    ".rb": "ruby",
+    ".php": "php",
+    ".pl": "perl",
+    ".lua": "lua",
+    ".hs": "haskell",
+    ".ml": "ocaml",
+    ".ex": "elixir",
+    ".sh": "shell",
+    ".bash": "shell",
+    ".sql": "sql",
+    ".v": "verilog",
+    ".sv": "verilog",
+    ".vhd": "vhdl",
+    ".html": "html",
+    ".css": "css",
+    ".tex": "tex",
+    ".md": "markdown",
+    ".rst": "rst",
+    ".cmake": "cmake",
+    ".yaml": "yaml",
+    ".yml": "yaml",
+    ".toml": "toml",
+    ".proto": "protobuf",
+    ".f90": "fortran",
+    ".dart": "dart",
+}
+"""Of code: extension -> metadata `programming_language`."""
+NO_SOURCES = {".git", ".hg", ".svn", "node_modules", "__pycache__", "site-packages", ".venv", "venv"}
+"""Folders of a code tree that hold what others wrote, or no text."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of a source, or a part of it. name: unique in the source, the same on every machine."""
+
+    path: str
+    name: str
+    format: str
+    size: int
+    start: int = 0
+    """Of the part, in the reader's positions."""
+    stop: int | None = None
+    """Where the part ends: what begins before is read. None: at the end of the file."""
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def open_binary(path: str) -> BinaryIO:
+    """Open a local path or a URL. Raises OSError."""
+    if not is_url(path):
+        return open(path, "rb")
+    return _file_system(path).open(path, "rb")
+
+
+def list_files(source: Source, key: str) -> tuple[list[File], Counter[str]]:
+    """The files of a source, sorted by name, and what of its folders was left out, by reason.
+
+    key: of the source in the recipe, for messages. Raises MegalmError for a path without a file, and for files of no
+    known format.
+    """
+    left_out: Counter[str] = Counter()
+    found: dict[str, int] = {}
+    for path in [source.path] if isinstance(source.path, str) else source.path:
+        before = len(found)
+        found.update(_find(path, source, key, left_out))
+        if len(found) == before:
+            more = f" ({dict(left_out)})" if left_out else ""
+            raise MegalmError(f"{key}.path {path} names no file that can be read{more}: correct the path or the format")
+    files = []
+    for path, name in zip(found, _names(list(found))):
+        kind = source.format if source.format != "auto" else format_of(path)
+        if kind is None:
+            raise MegalmError(f"{key}: the format of {path} is not known by its name: give the source a format")
+        files.append(File(path, name, kind, found[path]))
+    return sorted(files, key=lambda file: file.name), left_out
+
+
+def format_of(path: str) -> str | None:
+    """The format that a file's name tells, or None. A .warc.wet.gz, as Common Crawl has them, is WET."""
+    suffix = _suffix(path)
+    return next((kind for kind, suffixes in SUFFIXES.items() if suffix in suffixes), None)
+
+
+def _suffix(path: str) -> str:
+    """The extension below the one of a compression."""
+    pure = PurePosixPath(path.lower())
+    return PurePosixPath(pure.stem).suffix if pure.suffix in COMPRESSIONS else pure.suffix
+
+
+def _find(path: str, source: Source, key: str, left_out: Counter[str]) -> Iterator[tuple[str, int]]:
+    """(path, bytes) of the files that `path` names. A file that is named itself is taken whatever its extension."""
+    if is_url(path):
+        system = _file_system(path)
+        matches = sorted(system.glob(path)) if glob.has_magic(path) else [path]
+        for match in matches:
+            whole = system.unstrip_protocol(match)
+            if system.isdir(match):
+                details = system.find(match, detail=True)
+                for inner, about in sorted(details.items()):
+                    if _wanted(inner, source, left_out):
+                        yield system.unstrip_protocol(inner), int(about.get("size") or 0)
+            elif system.exists(match):
+                yield whole, int(system.size(match) or 0)
+        return
+    for match in sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]:
+        if os.path.isdir(match):
+            for parent, folders, names in os.walk(match, followlinks=False):
+                if source.format == "code":
+                    folders[:] = [folder for folder in folders if folder not in NO_SOURCES]
+                folders.sort()
+                for inner in (os.path.join(parent, name) for name in sorted(names)):
+                    if not os.path.isfile(inner):
+                        left_out["broken links and no regular files"] += 1
+                    elif _wanted(inner, source, left_out):
+                        yield inner, os.path.getsize(inner)
+        elif os.path.exists(match):
+            yield match, os.path.getsize(match)
+
+
+def _wanted(path: str, source: Source, left_out: Counter[str]) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        left_out["files whose names are not Unicode"] += 1
+        return False
+    if source.extensions is not None:
+        good = path.lower().endswith(tuple(source.extensions))
+    elif source.format == "code":
+        good = PurePosixPath(path).suffix.lower() in LANGUAGES
+    elif source.format == "auto":
+        good = format_of(path) is not None
+    else:
+        good = _suffix(path) in SUFFIXES[source.format]
+    if not good:
+        left_out["files of another extension"] += 1
+    return good
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Each path below the deepest folder that holds all of them."""
+    bare = [path.partition("://")[2] if is_url(path) else path for path in paths]
+    folders = {path.rpartition("/")[0] for path in bare}
+    protocols = {path.partition("://")[0] if is_url(path) else "" for path in paths}
+    if len(protocols) > 1 or len({folder.startswith("/") for folder in folders}) > 1:
+        return list(paths)
+    root = os.path.commonpath(folders)
+    return [os.path.relpath(path, root) if root else path for path in bare]
+
+
+def _file_system(path: str) -> Any:
+    protocol = path.partition("://")[0]
+    try:
+        return importlib.import_module("fsspec").filesystem(protocol)
+    except ImportError as error:
+        raise MegalmError(f"{path} needs a package that is not installed ({error}): pip install it") from None
+    except ValueError:
+        raise MegalmError(f"fsspec knows no {protocol}:// as in {path}: correct the URL") from None
