@@ -121,11 +121,8 @@ def test_little_memory_changes_nothing(tmp_path):
     for number in range(300):
         words = draw.choices(CHINESE, k=60)
         documents += [Document(f"{number}-{copy}", "".join(edited(words, 0.02, CHINESE, draw))) for copy in range(4)]
-    ample, small = step(), step()
-    object.__setattr__(small.settings, "memory_mb", 0.001)
-    object.__setattr__(small, "settings", small.settings)
     results = []
-    for name, each in (("ample", ample), ("small", small)):
+    for name, each in (("ample", step()), ("small", step(memory_mb=0.001))):
         (tmp_path / name).mkdir()
         results.append(removed(each, documents, tmp_path / name))
         assert sorted(path.name for path in (tmp_path / name / "verdicts").iterdir()) == ["verdicts.bin"]

