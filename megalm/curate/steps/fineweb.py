@@ -1,5 +1,6 @@
 """FineWeb's own rules (Penedo et al. 2024, section 3.6): documents that are lists, menus or cut-off lines."""
 
+import re
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -23,6 +24,8 @@ class FineWebThresholds(Config):
 
     min_lines_with_end: Share = Field(0.12, ge=0, le=1)
     """Share of lines that end with a mark that ends sentences."""
+    end_anywhere: bool = False
+    """Whether it is enough that a line has such a mark somewhere."""
     max_short_lines: Share = Field(0.67, ge=0, le=1)
     """Share of lines of at most short_line characters."""
     short_line: int = Field(30, ge=0)
@@ -35,9 +38,10 @@ class FineWebThresholds(Config):
 
 class ChineseFineWebThresholds(FineWebThresholds):
     """FineWeb2 asks 0.106 of lines to end and, by words, at most 0.178 line breaks a word; poems have more. A character
-    says as much as three letters."""
+    says as much as three letters, and paragraphs may be one line that is cut off at its end."""
 
     min_lines_with_end: Share = Field(0.1, ge=0, le=1)
+    end_anywhere: bool = True
     short_line: int = Field(6, ge=0)
     max_repeated_characters: Share = Field(0.1, ge=0, le=1)
     max_line_breaks_per_word: float | None = Field(0.2, ge=0)
@@ -79,8 +83,7 @@ class FineWeb(Step):
 
     def measure(self, document: Document) -> dict[str, float]:
         lines = [line for line in document.text.split("\n") if line.strip()]
-        ends = sum(line.rstrip().endswith(TERMINAL) for line in lines)
-        return {"lines with an end": ends / len(lines) if lines else 0.0}
+        return {"lines with an end": _with_end(lines, False) if lines else 0.0}
 
     def _verdict(self, document: Document) -> Rejection | None:
         _, asked = thresholds(self.settings, document)
@@ -88,7 +91,7 @@ class FineWeb(Step):
         lines = [line for line in text.split("\n") if line.strip()]
         if not lines:
             return Rejection("no text")
-        ends = sum(line.rstrip().endswith(TERMINAL) for line in lines) / len(lines)
+        ends = _with_end(lines, asked.end_anywhere)
         if asked.min_lines_with_end is not None and ends < asked.min_lines_with_end:
             return Rejection("too few lines end a sentence", f"{ends:.0%}")
         short = sum(len(line) <= asked.short_line for line in lines) / len(lines)
@@ -102,3 +105,10 @@ class FineWeb(Step):
             if breaks > asked.max_line_breaks_per_word:
                 return Rejection("a list", f"{breaks:.2f} line breaks a word")
         return None
+
+
+_END = re.compile("[。！？!?]")
+
+
+def _with_end(lines: Sequence[str], anywhere: bool) -> float:
+    return sum(line.rstrip().endswith(TERMINAL) or (anywhere and bool(_END.search(line))) for line in lines) / len(lines)

@@ -56,7 +56,8 @@ class GopherThresholds(Config):
     min_function_han: Share = Field(None, ge=0, le=1)
     """Share of function words (的, 是, 不, 之) among Chinese characters. Lists of key words have few."""
     max_stray_marks: Share = Field(None, ge=0, le=1)
-    """Share of commas and full stops that stand where none can: first on a line, or behind a different one."""
+    """Share of punctuation that stands where none can: first on a line, behind a different one, around one character;
+    brackets that close what nothing opened. Characters in random order have a lot."""
 
 
 class ChineseGopherThresholds(GopherThresholds):
@@ -65,12 +66,12 @@ class ChineseGopherThresholds(GopherThresholds):
     min_mean_word_length: float | None = Field(None, ge=0)
     max_mean_word_length: float | None = Field(None, ge=0)
     min_alphabetic_words: Share = Field(0.7, ge=0, le=1)
-    min_stop_words: int = Field(2, ge=0)
+    min_stop_words: int = Field(1, ge=0)
     stop_words: list[str] = list(function_characters())
-    min_han: Share = Field(0.4, ge=0, le=1)
+    min_han: Share = Field(0.2, ge=0, le=1)
     min_common_han: Share = Field(0.5, ge=0, le=1)
-    min_function_han: Share = Field(0.03, ge=0, le=1)
-    max_stray_marks: Share = Field(0.08, ge=0, le=1)
+    min_function_han: Share = Field(0.025, ge=0, le=1)
+    max_stray_marks: Share = Field(0.05, ge=0, le=1)
 
 
 class CodeGopherThresholds(GopherThresholds):
@@ -206,9 +207,30 @@ def _above(value: float, most: float | None) -> bool:
 
 # Chinese
 
-# Where none can stand: first on a line, or behind another one. People do write ！！！, ？！, 。。。 and "etc.,".
-_STRAY = re.compile(r"(?m)^[^\S\n]*[，。、；：？！]|([，、；：。])[^\S\n]*(?!\1)[，、；：。？！]")
-_STOP = re.compile("[，。、；：？！]")
+_STOP = re.compile("[，。、；：？！《》「」『』“”【】]")
+# Where none can stand: first on a line, behind another one, and two around a single character. People do write ，，, 。。。
+# and ！！！.
+_STRAY = re.compile(
+    r"(?m)^[^\S\n]*[，。、；：？！]"
+    r"|[，、；：。](?=[^\S\n]*[，、；：。？！])(?<!，(?=，))(?<!。(?=。))"
+    rf"|(?<=[，。；：？！])[{HAN}](?=[，。；：？！])"
+)
+_BRACKETS = re.compile("[《》「」『』“”【】]")
+_OPENS = {"》": "《", "」": "「", "』": "『", "”": "“", "】": "【"}
+
+
+def _stray_marks(text: str) -> int:
+    """Stops where none can stand, and closing brackets that nothing opened."""
+    opened = dict.fromkeys(_OPENS.values(), 0)
+    closing = 0
+    for mark in _BRACKETS.findall(text):
+        if mark in opened:
+            opened[mark] += 1
+        elif opened[_OPENS[mark]]:
+            opened[_OPENS[mark]] -= 1
+        else:
+            closing += 1
+    return closing + len(_STRAY.findall(text))
 
 
 def _chinese(text: str, asked: GopherThresholds) -> Rejection | None:
@@ -225,8 +247,8 @@ def _chinese(text: str, asked: GopherThresholds) -> Rejection | None:
     if _below(function / max(1, han), asked.min_function_han):
         return Rejection("too few function words", f"{function / max(1, han):.1%}")
     stops = len(_STOP.findall(text))
-    stray = len(_STRAY.findall(text))
-    if stray > 2 and _above(stray / max(1, stops), asked.max_stray_marks):
+    stray = _stray_marks(text) if asked.max_stray_marks is not None else 0
+    if _above(stray / max(1, stops), asked.max_stray_marks):
         return Rejection("punctuation at impossible places", f"{stray} of {stops}")
     return None
 

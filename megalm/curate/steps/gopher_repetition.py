@@ -31,7 +31,7 @@ class RepetitionThresholds(Config):
     max_characters_in_repeated_paragraphs: Share = Field(0.2, ge=0, le=1)
     """Share of characters in them."""
     top_grams: dict[int, float] = {2: 0.2, 3: 0.18, 4: 0.16}
-    """n -> the most that the most frequent sequence of n words may take of the characters, if it is there twice."""
+    """n -> the most that the most frequent sequence of n words may take of the characters, if it is there three times."""
     repeated_grams: dict[int, float] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
     """n -> the most that sequences of n words which were there before may take of the characters."""
 
@@ -131,7 +131,8 @@ def _grams(text: str, top: Mapping[int, float], again: Mapping[int, float]) -> R
 
 
 def repetition(hashes: Any, starts: Any, ends: Any, wanted: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """By n: characters that the most frequent n-gram takes where it is there at least twice, and characters of n-grams
+    """By n: characters that the most frequent n-gram takes where it is there at least three times (in a short
+    text every name would be too much otherwise), and characters of n-grams
     that were there before, none counted twice. wanted: by n, 1 for the first, 2 for the second, 3 for both."""
     tops, repeats = np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=np.int64)
     if len(hashes):
@@ -167,7 +168,7 @@ def _count(hashes: Any, starts: Any, ends: Any, wanted: Any, tops: Any, repeats:
             again = counts[slot] > 0
             keys[slot] = key
             counts[slot] += 1
-            if wanted[n] & 1 and counts[slot] > 1:
+            if wanted[n] & 1 and counts[slot] > 2:
                 tops[n] = max(tops[n], counts[slot] * (ends[i + n - 1] - starts[i]))
             if wanted[n] & 2 and again and i >= free:
                 for unit in range(i, i + n):
