@@ -15,8 +15,9 @@ from megalm.curate.steps.units import units
 
 Share = float | None
 
-TERMINAL = (*".?!。！？…؟۔।॥｡．‼⁇⁈⁉՞։܀።፧།၊။", *"\"'”’」』）)》〉】]")
-"""Marks that end a sentence, and those that close around one."""
+_ENDS = ".?!。！？…؟۔।॥｡．‼⁇⁈⁉։܀።፧။"  # of sentences
+_LINE_END = re.compile(rf"[{re.escape(_ENDS)}][\"'”’」』）)》〉】\]\s]*$")
+_END = re.compile("[。！？!?]")
 
 
 class FineWebThresholds(Config):
@@ -107,8 +108,6 @@ class FineWeb(Step):
         return None
 
 
-_END = re.compile("[。！？!?]")
-
-
 def _with_end(lines: Sequence[str], anywhere: bool) -> float:
-    return sum(line.rstrip().endswith(TERMINAL) or (anywhere and bool(_END.search(line))) for line in lines) / len(lines)
+    ended = (bool(_LINE_END.search(line[-20:]) or (anywhere and _END.search(line))) for line in lines)
+    return sum(ended) / len(lines)

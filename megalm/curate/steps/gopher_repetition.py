@@ -169,7 +169,10 @@ def _count(hashes: Any, starts: Any, ends: Any, wanted: Any, tops: Any, repeats:
             keys[slot] = key
             counts[slot] += 1
             if wanted[n] & 1 and counts[slot] > 2:
-                tops[n] = max(tops[n], counts[slot] * (ends[i + n - 1] - starts[i]))
+                length = ends[i + n - 1] - starts[i + n - 1]
+                for unit in range(i, i + n - 1):  # what stands between two units counts as one space
+                    length += ends[unit] - starts[unit] + (starts[unit + 1] > ends[unit])
+                tops[n] = max(tops[n], counts[slot] * length)
             if wanted[n] & 2 and again and i >= free:
                 for unit in range(i, i + n):
                     repeats[n] += ends[unit] - starts[unit]
