@@ -27,8 +27,6 @@ _CONFIG = ftfy.TextFixerConfig(
     fix_latin_ligatures=False,
     explain=False,
 )
-# The characters that 的, 一, 是, 在, 不, 了, ，, 。 become where UTF-8 is read as GBK, and U+FFFD so (锟斤拷).
-_GARBLED_CHINESE = re.compile("[鐨鏄鍦浜涓锛銆鍜鏈锟斤拷]")
 
 
 class RepairUnicodeSettings(Config):
@@ -37,7 +35,8 @@ class RepairUnicodeSettings(Config):
 
 
 class RepairUnicode(Step):
-    """By ftfy, where there is something to mend; composed (NFC), which changes no character that is seen."""
+    """By ftfy, where there is something to mend; composed (NFC), which changes no character that is seen. UTF-8 that was
+    read as GBK loses bytes and cannot be mended: the Chinese thresholds of gopher_quality leave it out."""
 
     kind: ClassVar[str] = "repair_unicode"
     Settings: ClassVar[type[Config]] = RepairUnicodeSettings
@@ -48,8 +47,6 @@ class RepairUnicode(Step):
 
     def _repair(self, document: Document) -> Rejection | None:
         text = document.text
-        if len(_GARBLED_CHINESE.findall(text)) > 0.03 * len(text):
-            text = _from_gbk(text)
         if _SUSPICIOUS.search(text):
             text = ftfy.fix_text(text, _CONFIG)
         if not unicodedata.is_normalized("NFC", text):
@@ -57,11 +54,3 @@ class RepairUnicode(Step):
         document.text = text
         lost = text.count("\ufffd") / max(1, len(text))
         return Rejection("characters lost", f"{lost:.1%} of them") if lost > self.settings.max_lost else None
-
-
-def _from_gbk(text: str) -> str:
-    """UTF-8 that was read as GBK, if every byte of it is still there."""
-    try:
-        return text.encode("gb18030").decode("utf-8")
-    except UnicodeError:
-        return text
