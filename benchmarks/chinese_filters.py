@@ -31,7 +31,9 @@ def main() -> int:
     parser.add_argument("--documents", type=int, default=600, help="of each file, and of noise (default: %(default)s)")
     parser.add_argument("--min-characters", type=int, default=24, help="of clean documents (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N wrongly judged documents of each kind")
+    parser.add_argument(
+        "--show", type=int, default=0, metavar="N", help="print N wrongly judged documents of each kind"
+    )
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
     clean: dict[str, list[str]] = {}
@@ -95,24 +97,42 @@ def show(texts: list[str], wrong: Callable[[Rejection | None], bool], most: int)
 
 # What machines make
 
-WORDS = "手机 电脑 价格 批发 厂家 直销 免费 下载 棋牌 彩票 贷款 代开 发票 减肥 丰胸 招聘 兼职 传奇 私服 游戏 官网 注册 登录 优惠 折扣 包邮 正品 代购 视频 在线 观看 高清 小说 全文 阅读 北京 上海 广州 深圳 装修 搬家 保洁 维修 空调 冰箱 洗衣机 钢管 阀门 轴承 水泵 电缆".split()
-MENU = "首页 新闻 体育 财经 娱乐 科技 汽车 房产 教育 视频 图片 博客 论坛 登录 注册 关于我们 联系我们 网站地图 友情链接 版权声明 加入收藏 设为首页 下一页 上一页 返回顶部 更多>> 客服中心 意见反馈".split()
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+WORDS = _words(
+    "手机 电脑 价格 批发 厂家 直销 免费 下载 棋牌 彩票 贷款 代开 发票 减肥 丰胸 招聘 兼职 传奇 私服 游戏 "
+    "官网 注册 登录 优惠 折扣 包邮 正品 代购 视频 在线 观看 高清 小说 全文 阅读 北京 上海 广州 深圳 装修 "
+    "搬家 保洁 维修 空调 冰箱 洗衣机 钢管 阀门 轴承 水泵 电缆 "
+)
+MENU = _words(
+    "首页 新闻 体育 财经 娱乐 科技 汽车 房产 教育 视频 图片 博客 论坛 登录 注册 关于我们 联系我们 网站地图 友情链接 "
+    "版权声明 加入收藏 设为首页 下一页 上一页 返回顶部 更多>> 客服中心 意见反馈 "
+)
 
 
 def uniform(draw: random.Random, clean: list[str]) -> str:
     """Any of 20,000 characters, with punctuation now and then."""
-    return "".join(chr(draw.randrange(0x4E00, 0x9FA5)) if draw.random() < 0.9 else draw.choice("，。、！") for _ in range(300))
+    return "".join(
+        chr(draw.randrange(0x4E00, 0x9FA5)) if draw.random() < 0.9 else draw.choice("，。、！") for _ in range(300)
+    )
 
 
 def common(draw: random.Random, clean: list[str]) -> str:
     """Any of the 3,755 characters of GB 2312's first level, in sentences of 5 to 25."""
+
     def character() -> str:
         while True:
             try:
                 return bytes([draw.randrange(0xB0, 0xD8), draw.randrange(0xA1, 0xFF)]).decode("gb2312")
             except UnicodeDecodeError:
                 pass
-    return "".join("".join(character() for _ in range(draw.randrange(5, 25))) + draw.choice("，，。") for _ in range(20))
+
+    return "".join(
+        "".join(character() for _ in range(draw.randrange(5, 25))) + draw.choice("，，。") for _ in range(20)
+    )
 
 
 def shuffled(draw: random.Random, clean: list[str]) -> str:
@@ -150,7 +170,10 @@ def headlines(draw: random.Random, clean: list[str]) -> str:
 
 
 def numbers(draw: random.Random, clean: list[str]) -> str:
-    rows = [f"{draw.choice(WORDS)} {draw.randrange(10**6)} {draw.random():.4f} {draw.randrange(2000, 2030)}-{draw.randrange(1, 13):02}" for _ in range(40)]
+    rows = [
+        f"{draw.choice(WORDS)} {draw.randrange(10**6)} {draw.random():.4f} {draw.randrange(2000, 2030)}-{draw.randrange(12)}"
+        for _ in range(40)
+    ]
     return "\n".join(rows)
 
 
@@ -160,14 +183,17 @@ def encoded(draw: random.Random, clean: list[str]) -> str:
 
 def filled_form(draw: random.Random, clean: list[str]) -> str:
     """One sentence of a page that a program writes, over and over, with other words in it."""
-    return "".join(f"本公司专业提供{draw.choice(WORDS)}服务，{draw.choice(WORDS)}品质优良，价格实惠，欢迎新老客户来电咨询订购。" for _ in range(20))
+    return "".join(
+        f"本公司专业提供{draw.choice(WORDS)}服务，{draw.choice(WORDS)}品质优良，价格实惠，欢迎新老客户来电咨询订购。"
+        for _ in range(20)
+    )
 
 
 NOISE: dict[str, Callable[[random.Random, list[str]], str]] = {
     make.__name__.replace("_", " "): make
     for make in (
-        uniform, common, shuffled, garbled_gbk, garbled_latin, key_words, menu, advertisement, headlines, numbers, encoded,
-        filled_form,
+        uniform, common, shuffled, garbled_gbk, garbled_latin, key_words, menu, advertisement, headlines, numbers,
+        encoded, filled_form,
     )
 }  # fmt: skip
 

@@ -1,18 +1,20 @@
 """The steps of curation against datatrove's own: MinHash signatures, and a pipeline from HTML to signatures.
 
-Both read the same documents in this process, on one core, in turn, several rounds; ratios are of the same round, and their
-median counts. datatrove runs as it comes, with the word tokeniser that it has for the language (spaCy; for Chinese with
-jieba), and once more with a plain regular expression in its place. It needs datatrove[io], spacy and jieba.
+Both read the same documents in this process, on one core, in turn, several rounds; ratios are of the same round, and
+their median counts. datatrove runs as it comes, with the word tokeniser that it has for the language (spaCy; for
+Chinese with jieba), and once more with a plain regular expression in its place. It needs datatrove[io], spacy and
+jieba.
 
-signatures: of 14 bands of 8 over 5-grams, written to a file by both.
-pipeline: extraction, Gopher's repetition and quality, C4, FineWeb, signatures. Each document stands in a page with a menu.
-datatrove extracts with trafilatura, its default; ours in mode fast, and for comparison in mode best. Language
-identification is left out, since datatrove would download its model, and so is writing text.
+signatures: of 14 bands of 8 over 5-grams, written to a file by both. pipeline: extraction, Gopher's repetition and
+quality, C4, FineWeb, signatures. Each document stands in a page with a menu. datatrove extracts with trafilatura, its
+default; ours in mode fast, and for comparison in mode best. Language identification is left out, since datatrove would
+download its model, and so is writing text.
 
-quality: of planted near-duplicates (1, 2, 4 % of the units changed) both must find as many; pairs that share a band count.
+quality: of planted near-duplicates (1, 2, 4 % of the units changed) both must find as many; pairs that share a band
+count.
 
-Asked: signatures at least 60 times datatrove's default and 10 times its variant with a regular expression; the pipeline at
-least 3 and 1.2 times; recall within 0.01 of datatrove's.
+Asked: signatures at least 60 times datatrove's default and 10 times its variant with a regular expression; the pipeline
+at least 3 and 1.2 times; recall within 0.01 of datatrove's.
 """
 
 import argparse
@@ -25,7 +27,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import islice
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -45,12 +46,16 @@ _WORD = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|\w+|[^\w\s]")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", metavar="FILE", help="JSONL with a field `text`; default: Python's help pages, English")
+    parser.add_argument(
+        "--data", metavar="FILE", help="JSONL with a field `text`; default: Python's help pages, English"
+    )
     parser.add_argument("--language", choices=("en", "zh"), default="en", help="of the data (default: %(default)s)")
     parser.add_argument("--megabytes", type=float, default=1.0, help="of text (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--only", choices=("signatures", "pipeline", "quality"), help="default: all three")
-    parser.add_argument("--no-default", action="store_true", help="leave datatrove with its own tokeniser out: it is slow")
+    parser.add_argument(
+        "--no-default", action="store_true", help="leave datatrove with its own tokeniser out: it is slow"
+    )
     arguments = parser.parse_args()
     try:
         import datatrove  # noqa: F401
@@ -81,7 +86,7 @@ def read(path: str | None, megabytes: float) -> list[str]:
     texts: list[str] = []
     total = 0.0
     while total < megabytes * 1e6:
-        for number, text in enumerate(found):
+        for text in found:
             texts.append(text if len(texts) < len(found) else f"{len(texts)} {text}")
             total += len(text.encode())
             if total >= megabytes * 1e6:
@@ -127,7 +132,9 @@ def used() -> float:
 
 def page(text: str) -> str:
     menu = "".join(f'<li><a href="/{number}">Entry {number}</a></li>' for number in range(12))
-    body = "".join(f"<p>{line.replace('&', '&amp;').replace('<', '&lt;')}</p>" for line in text.split("\n") if line.strip())
+    body = "".join(
+        f"<p>{line.replace('&', '&amp;').replace('<', '&lt;')}</p>" for line in text.split("\n") if line.strip()
+    )
     return f"<html><head><title>x</title></head><body><nav><ul>{menu}</ul></nav><article>{body}</article></body></html>"
 
 

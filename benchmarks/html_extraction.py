@@ -1,8 +1,9 @@
 """How well extract_html finds the articles of real pages, by the definitions of the article extraction benchmark.
 
 --data is a folder in its layout (https://github.com/scrapinghub/article-extraction-benchmark): ground-truth.json, and
-NAME.html.gz, here or in html/. A text's shingles are its sequences of four words, with how often they are there; for each
-page precision and recall are over shingles; F1 is of the means of both. Asked of mode best: an F1 of at least 0.95.
+NAME.html.gz, here or in html/. A text's shingles are its sequences of four words, with how often they are there; for
+each page precision and recall are over shingles; F1 is of the means of both. Asked of mode best: an F1 of at least
+0.95.
 """
 
 import argparse
@@ -47,7 +48,9 @@ def main() -> int:
             f"{mode:5} {len(pages)} pages: F1 {best:.4f}, precision {precision:.4f}, recall {recall:.4f}, "
             f"{megabytes / seconds:.1f} MB of HTML a second of one core"
         )
-        for name, (page_precision, page_recall) in sorted(rows.items(), key=lambda row: harmonic(*row[1]))[: arguments.worst]:
+        for name, (page_precision, page_recall) in sorted(rows.items(), key=lambda row: harmonic(*row[1]))[
+            : arguments.worst
+        ]:
             print(f"      {name[:16]} precision {page_precision:.3f}, recall {page_recall:.3f}")
     return 0 if best >= ASKED else 1
 

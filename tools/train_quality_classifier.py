@@ -19,10 +19,16 @@ def main() -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help="the model to write, an .npz")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="key of the text in JSONL (default: text)")
     parser.add_argument(
-        "--most", type=int, default=200_000, metavar="N", help="texts of each kind, which bounds memory (default: %(default)s)"
+        "--most",
+        type=int,
+        default=200_000,
+        metavar="N",
+        help="texts of each kind, which bounds memory (default: %(default)s)",
     )
     parser.add_argument("--bits", type=int, default=20, metavar="N", help="2^N weights (default: %(default)s)")
-    parser.add_argument("--ngrams", type=int, default=2, metavar="N", help="words in a row at most (default: %(default)s)")
+    parser.add_argument(
+        "--ngrams", type=int, default=2, metavar="N", help="words in a row at most (default: %(default)s)"
+    )
     parser.add_argument("--passes", type=int, default=5, metavar="N", help="over the texts (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order and held-out share (default: 0)")
     arguments = parser.parse_args()

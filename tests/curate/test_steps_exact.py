@@ -28,7 +28,9 @@ def run(step: Merging, documents: list[Document], folder: Path, files: int = 2) 
     assert [path.name for path in (folder / "verdicts").iterdir()] == [Verdicts.FILE], "nothing is left behind"
     other = type(step)(step.settings)
     other.judge(folder / "verdicts")
-    return [answer for begin in range(0, len(documents), 3) for answer in other.apply(documents[begin : begin + 3])], told
+    return [
+        answer for begin in range(0, len(documents), 3) for answer in other.apply(documents[begin : begin + 3])
+    ], told
 
 
 def documents(*texts: str) -> list[Document]:

@@ -1,4 +1,5 @@
-"""The rules of C4, Gopher and FineWeb: one document for every rule, the papers' figures, and datatrove's own verdicts."""
+"""The rules of C4, Gopher and FineWeb: one document for every rule, the papers' figures, and datatrove's own
+verdicts."""
 
 import random
 from collections import Counter
@@ -17,9 +18,10 @@ from megalm.curate.steps.units import hash_of, units
 from megalm.errors import MegalmError
 
 PROSE = (
-    "The river that runs through the valley was once the border of two small states. People have lived on both sides of "
-    "it since the bronze age, and they traded salt with each other. In the middle of the last century a dam was built. "
-    "It gave the towns light, but it took from the farmers the best of their fields. Today there is talk of removing it."
+    "The river that runs through the valley was once the border of two small states. People have lived on both sides "
+    "of it since the bronze age, and they traded salt with each other. In the middle of the last century a dam was "
+    "built. It gave the towns light, but it took from the farmers the best of their fields. Today there is talk of "
+    "removing it."
 )
 CHINESE = (
     "这条河流穿过山谷，曾经是两个小国的边界。自青铜时代以来，人们就在河的两岸居住，并且彼此交换食盐。上个世纪中叶，"
@@ -74,7 +76,10 @@ def test_gopher_quality_in_english(text, expected):
         ("今天 2024 11 12 3.5 100 200 300 400 的是在不 98 76 54 32 1 2 3 4 5 6 7 8 9 10", "too few words with letters"),
         ("深度学习框架比较" + "Google Translate API Documentation " * 8 + "的说明文字", "too few Chinese characters"),
         ("的" + "".join(map(chr, range(0x7000, 0x7080))), "too few common characters"),
-        ("的手机电脑价格游戏登录优惠" + "北京广州装修空调冰箱新闻体育财经娱乐科技汽车房产教育视频图片" * 2, "too few function words"),
+        (
+            "的手机电脑价格游戏登录优惠" + "北京广州装修空调冰箱新闻体育财经娱乐科技汽车房产教育视频图片" * 2,
+            "too few function words",
+        ),
         (CHINESE.replace("人们", "，人，们。，").replace("大坝", "。大，坝"), "punctuation at impossible places"),
     ],
 )
@@ -138,7 +143,8 @@ def test_fineweb_calls_a_menu_a_list():
 def test_c4_cuts_lines_and_leaves_documents_out():
     page = "\n".join(
         ["Home | News | About", *PROSE.replace(". ", ".\n").split("\n"), "Please enable JavaScript to see this page.",
-         "By reading on you accept our privacy policy.", "Read on...", "Oh no.", "He[12] was right about the river.[citation needed]"]
+         "By reading on you accept our privacy policy.", "Read on...", "Oh no.",
+         "He[12] was right about the river.[citation needed]"]
     )  # fmt: skip
     document = Document("1", page, {"language": "en"})
     assert build("c4").apply([document]) == [None]
@@ -177,8 +183,8 @@ def test_profiles():
 
 def test_code_keeps_its_brackets_and_loses_no_line():
     code = "\n".join(
-        ["def area(width, height):", "    if width < 0 or height < 0:", "        raise ValueError({'width': width})", "",
-         "    return width * height", "", "print(area(3, 4), area(width=5, height=6))"]
+        ["def area(width, height):", "    if width < 0 or height < 0:", "        raise ValueError({'width': width})",
+         "", "    return width * height", "", "print(area(3, 4), area(width=5, height=6))"]
     )  # fmt: skip
     document = Document("1", code, {"programming_language": "python"})
     for kind in ("c4", "gopher_quality", "gopher_repetition", "fineweb"):
@@ -187,10 +193,21 @@ def test_code_keeps_its_brackets_and_loses_no_line():
 
 
 def test_units_are_words_and_chinese_characters():
-    found = units("Don't stop — 深度学习 über2 *** สวัสดี a_b")
-    words = [found_text for found_text in map(slice, found.starts, found.ends)]
     text = "Don't stop — 深度学习 über2 *** สวัสดี a_b"
-    assert [text[word] for word in words] == ["Don't", "stop", "深", "度", "学", "习", "über2", "สวัสดี", "a", "b"]
+    found = units(text)
+    words = [text[start:end] for start, end in zip(found.starts, found.ends)]
+    assert words == [
+        "Don't",
+        "stop",
+        "深",
+        "度",
+        "学",
+        "习",
+        "über2",
+        "สวัสดี",
+        "a",
+        "b",
+    ]
     assert found.symbols == 2
     assert hash_of("stop") == found.hashes[1]
 

@@ -89,7 +89,9 @@ def test_signatures_estimate_jaccard_without_bias():
 
 
 def test_case_and_punctuation_do_not_count_but_order_does():
-    one, same, other = step().signatures(["One two, three four five six!", "one TWO three - four five six", "six five four"])
+    one, same, other = step().signatures(
+        ["One two, three four five six!", "one TWO three - four five six", "six five four"]
+    )
     assert (one == same).all()
     assert not (one == other).any()
 

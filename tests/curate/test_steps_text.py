@@ -19,9 +19,9 @@ from megalm.errors import MegalmError
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PARAGRAPHS = [
-    "The river that runs through the valley was once the border of two small states, and people have lived on both sides.",
-    "In the middle of the last century a dam was built, which gave the towns light but took the best fields from farmers.",
-    "Today there is talk of removing it, and the council will vote on the question in the spring, after a public hearing.",
+    "The river that runs through the valley was once the border of two small states, and people lived on both sides.",
+    "In the middle of the last century a dam was built, which gave the towns light but took the best fields of all.",
+    "Today there is talk of removing it, and the council will vote on the question in the spring after a hearing.",
 ]
 CHINESE = [
     "这条河流穿过山谷，曾经是两个小国的边界。自青铜时代以来，人们就在河的两岸居住，并且彼此交换食盐。",
@@ -44,7 +44,9 @@ def one(kind: str, document: Document, **settings: Any) -> str | None:
 
 
 def page(paragraphs: list[str], charset: str = "utf-8") -> str:
-    menu = "".join(f'<li><a href="/{name}">{name}</a></li>' for name in ("Startpage", "Newsfeed", "Shopping", "Aboutus"))
+    menu = "".join(
+        f'<li><a href="/{name}">{name}</a></li>' for name in ("Startpage", "Newsfeed", "Shopping", "Aboutus")
+    )
     return (
         f"<html><head><meta charset={charset}><title>A dam</title><script>var x = 'scripted';</script></head><body>"
         f"<nav><ul>{menu}</ul></nav><article><h1>A dam</h1>{''.join(f'<p>{text}</p>' for text in paragraphs)}</article>"
@@ -120,7 +122,14 @@ def test_broken_text_is_repaired(broken, whole):
 
 @pytest.mark.parametrize(
     "text",
-    [*PARAGRAPHS, *CHINESE, "x² + ½ ﬁne ① ㎏ ＡＢＣ１２３：，“quoted” ‘so’", "naïve Ångström Ça va à Paris — “été”", "a < b & c > d", "ﾊﾝｶｸ"],
+    [
+        *PARAGRAPHS,
+        *CHINESE,
+        "x² + ½ ﬁne ① ㎏ ＡＢＣ１２３：，“quoted” ‘so’",
+        "naïve Ångström Ça va à Paris — “été”",
+        "a < b & c > d",
+        "ﾊﾝｶｸ",
+    ],
 )
 def test_sound_text_stays_as_it_is(text):
     document = Document("1", text)
@@ -140,18 +149,25 @@ def test_languages_are_recognised_offline():
     texts = {
         "en": PARAGRAPHS[0], "zh": CHINESE[0], "de": "Der Fluss war einst die Grenze zwischen zwei kleinen Staaten.",
         "fr": "La rivière qui traverse la vallée était autrefois la frontière de deux petits États.",
-        "ja": "川は谷を流れ、かつては二つの小さな国の国境でした。", "ko": "강은 계곡을 흐르며 한때 두 작은 나라의 국경이었습니다.",
+        "ja": "川は谷を流れ、かつては二つの小さな国の国境でした。",
+        "ko": "강은 계곡을 흐르며 한때 두 작은 나라의 국경이었습니다.",
     }  # fmt: skip
     documents = [Document(name, text) for name, text in texts.items()]
     verdicts = build("language", keep=["en", "zh"]).apply(documents)
     assert [document.metadata["language"] for document in documents] == list(texts)
-    assert [verdict.reason if verdict else None for verdict in verdicts] == [None, None, *(f"language {n}" for n in ("de", "fr", "ja", "ko"))]
+    assert [verdict.reason if verdict else None for verdict in verdicts] == [
+        None,
+        None,
+        *(f"language {n}" for n in ("de", "fr", "ja", "ko")),
+    ]
     assert all(document.metadata["language_score"] > 0.5 for document in documents)
 
 
 def test_classical_chinese_is_chinese():
     """lid.176 alone takes this for Japanese."""
-    document = Document("1", "宛轉行\n張籍\n華屋重翠幄，綺席雕象牀。\n遠漏微更疎，薄衾中夜涼。\n爐氣暗裴徊，寒燈背斜光。")
+    document = Document(
+        "1", "宛轉行\n張籍\n華屋重翠幄，綺席雕象牀。\n遠漏微更疎，薄衾中夜涼。\n爐氣暗裴徊，寒燈背斜光。"
+    )
     assert one("language", document, keep=["zh"]) is None
 
 
@@ -199,8 +215,9 @@ def test_licences():
     settings = {"allow": ["MIT", "apache-2.0", "CC-BY-*", "CC0-1.0"], "block": ["CC-BY-NC-*"]}
     cases: list[tuple[Any, str | None]] = [
         ("mit", None), ("Apache-2.0", None), ("GPL-3.0-only", "licence not on the list"), (None, "no licence known"),
-        ("https://creativecommons.org/licenses/by/4.0/", None), (["GPL-3.0-only", "MIT"], None), ([], "no licence known"),
-        ("https://creativecommons.org/licenses/by-nc/4.0/", "blocked licence"), (["MIT", "CC-BY-NC-4.0"], "blocked licence"),
+        ("https://creativecommons.org/licenses/by/4.0/", None), (["GPL-3.0-only", "MIT"], None),
+        ([], "no licence known"),         ("https://creativecommons.org/licenses/by-nc/4.0/", "blocked licence"),
+        (["MIT", "CC-BY-NC-4.0"], "blocked licence"),
         ("http://creativecommons.org/publicdomain/zero/1.0/", None),
     ]  # fmt: skip
     for licence, expected in cases:
@@ -235,7 +252,9 @@ def evaluation(folder: Path) -> str:
 def test_documents_with_questions_are_left_out_with_what_they_share(tmp_path):
     step = build("decontaminate", evaluations=[evaluation(tmp_path)])
     documents = [
-        Document("asks", "Quiz: if a TRAIN leaves the station - at noon and travels at sixty miles an hour! Answers below."),
+        Document(
+            "asks", "Quiz: if a TRAIN leaves the station - at noon and travels at sixty miles an hour! Answers below."
+        ),
         Document("twelve", "A train leaves the station at noon and travels at sixty miles, said he."),
         Document("whole", "We met at two in the afternoon of the same day, and never again."),
         Document("zh", "老师问：光合作用是植物利用太阳的能量把二氧化碳变成什么？"),
@@ -245,7 +264,9 @@ def test_documents_with_questions_are_left_out_with_what_they_share(tmp_path):
     verdicts = step.apply(documents)
     assert [verdict is not None for verdict in verdicts] == [True, False, True, True, False, False]
     assert verdicts[0] is not None and verdicts[0].reason == "in the evaluation set eval.jsonl"
-    assert verdicts[0].detail.startswith("line 1, 3 overlaps: if a train leaves the station - at noon and travels at sixty")
+    assert verdicts[0].detail.startswith(
+        "line 1, 3 overlaps: if a train leaves the station - at noon and travels at sixty"
+    )
     assert verdicts[3] is not None and verdicts[3].detail.startswith("line 2, ")
     assert documents[0].metadata["overlaps"] == {str(tmp_path / "eval.jsonl"): 3}
     assert step.report() == {str(tmp_path / "eval.jsonl"): {"texts": 6, "too short": 3, "sequences": 7 + 1 + 19}}
@@ -286,11 +307,15 @@ def test_an_evaluation_set_that_cannot_be_read_is_an_error_not_an_empty_one(tmp_
 # The quality classifier
 
 
+def sentence(text: str) -> list[str]:
+    return text.split()
+
+
 def examples(draw: random.Random, good: bool, count: int) -> list[str]:
     """Sentences whose words both kinds share, but for their shares."""
-    plain = "the of and to in that it is was for on are with as they at be this have from".split()
-    technical = "theorem energy species river century method theory evidence structure language".split()
-    commercial = "buy cheap click free offer now best deal price subscribe".split()
+    plain = sentence("the of and to in that it is was for on are with as they at be this have from")
+    technical = sentence("theorem energy species river century method theory evidence structure language")
+    commercial = sentence("buy cheap click free offer now best deal price subscribe")
     rich = technical if good else commercial
     return [" ".join(draw.choice(rich if draw.random() < 0.15 else plain) for _ in range(80)) for _ in range(count)]
 
@@ -337,6 +362,7 @@ def test_a_classifier_that_is_none_is_refused(tmp_path):
 
 
 def test_the_list_of_steps_costs_nothing():
-    code = "import sys; import megalm.curate.steps as s; assert not {'numba', 'numpy', 'ftfy'} & set(sys.modules); print(len(s.KINDS))"
+    code = "import sys; import megalm.curate.steps as s\n"
+    code += "assert not {'numba', 'numpy', 'ftfy'} & set(sys.modules); print(len(s.KINDS))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert int(done.stdout) == len(KINDS)

@@ -13,7 +13,19 @@ from megalm.curate.steps.profiles import Profile, ProfileSetting, thresholds
 from megalm.curate.steps.units import HAN
 
 _EN_PHRASES = ["terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"]
-_ZH_PHRASES = ["版权所有", "隐私政策", "隐私权政策", "用户协议", "使用条款", "使用cookie", "icp备", "公网安备", "免责声明：", "點擊查看", "隱私權政策"]
+_ZH_PHRASES = [
+    "版权所有",
+    "隐私政策",
+    "隐私权政策",
+    "用户协议",
+    "使用条款",
+    "使用cookie",
+    "icp备",
+    "公网安备",
+    "免责声明：",
+    "點擊查看",
+    "隱私權政策",
+]
 
 
 class C4Thresholds(Config):

@@ -54,6 +54,6 @@ def function_characters() -> str:
 
 
 def common_characters() -> str:
-    """The about 1,000 most frequent characters, simplified and traditional: of Chinese text they are four fifths, of all
-    Chinese characters a twentieth."""
+    """The about 1,000 most frequent characters, simplified and traditional: of Chinese text they are four fifths, of
+    all Chinese characters a twentieth."""
     return _COMMON + _COMMON_TRADITIONAL

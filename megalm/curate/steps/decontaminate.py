@@ -33,8 +33,8 @@ class DecontaminateSettings(Config):
 
 
 class Decontaminate(Step):
-    """Case and punctuation do not count. A rejection names the file and line of the first overlap and shows it; metadata
-    `overlaps` have the number of overlaps by file."""
+    """Case and punctuation do not count. A rejection names the file and line of the first overlap and shows it;
+    metadata `overlaps` have the number of overlaps by file."""
 
     kind: ClassVar[str] = "decontaminate"
     Settings: ClassVar[type[Config]] = DecontaminateSettings
@@ -59,8 +59,10 @@ class Decontaminate(Step):
             if width > len(found):
                 continue
             mine = grams(found.hashes, width)
-            rows = np.minimum(np.searchsorted(hashes, mine), len(hashes) - 1)
-            hits += [(int(place), width, int(rows[place])) for place in np.flatnonzero(hashes[rows] == mine)]
+            places = np.flatnonzero(self._index.maybe[mine >> _SHIFT])
+            rows = np.minimum(np.searchsorted(hashes, mine[places]), len(hashes) - 1)
+            same = hashes[rows] == mine[places]
+            hits += [(place, width, row) for place, row in zip(places[same].tolist(), rows[same].tolist())]
         if not hits:
             return None
         owners = {width: owner for width, _, owner in self._index.tables}
@@ -78,11 +80,23 @@ class Decontaminate(Step):
         return Rejection(f"in the evaluation set {Path(name).name}", f"line {line}, {len(hits)} overlaps: {shared}")
 
 
-class _Index:
-    """tables: for each width the sorted hashes, and of each the first file and line that has it, as file << 40 | line."""
+_BITS = 24
+_SHIFT = np.uint64(64 - _BITS)
 
-    def __init__(self, tables: list[tuple[int, NDArray[np.uint64], NDArray[np.int64]]], counted: dict[str, Any]) -> None:
+
+class _Index:
+    """tables: for each width the sorted hashes, and of each the first file and line that has it, as file << 40 |
+    line."""
+
+    def __init__(
+        self, tables: list[tuple[int, NDArray[np.uint64], NDArray[np.int64]]], counted: dict[str, Any]
+    ) -> None:
         self.tables, self.counted = tables, counted
+        # By the first bits of a hash whether it could be there: nearly all of a document's are not, and this is quicker
+        # than to look each of them up.
+        self.maybe = np.zeros(1 << _BITS, dtype=np.bool_)
+        for _, hashes, _ in tables:
+            self.maybe[hashes >> _SHIFT] = True
 
     @classmethod
     def read(cls, settings: DecontaminateSettings) -> "_Index":
@@ -102,7 +116,7 @@ class _Index:
                 found.setdefault(width, []).append((sequences, file << 40 | line))
             if told["texts"] == told["too short"]:
                 raise MegalmError(
-                    f"no text in {path} has {settings.min_words} words: check decontaminate's fields, or lower min_words"
+                    f"no text in {path} has {settings.min_words} words: check the step's fields, or lower min_words"
                 )
         tables = []
         for width, pieces in sorted(found.items()):

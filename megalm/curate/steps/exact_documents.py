@@ -82,4 +82,3 @@ def _verdicts(part: NDArray[Any], told: dict[str, Any]) -> NDArray[Any]:
     told["removed"] += int((sizes - 1).sum())
     told["most copies of a text"] = max(told["most copies of a text"], int(sizes.max(initial=0)))
     return rows
-

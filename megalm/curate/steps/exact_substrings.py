@@ -1,9 +1,9 @@
 """Passages that are word for word in an earlier document, or earlier in the same one, are cut out.
 
 As Lee et al. (2022, section 4.1) do with a suffix array, of which a corpus needs ten times its size. Here a document's
-sketch has 4 bytes for each unit, and anchors: of every `length` units in a row, the run of half as many whose hash is the
-least (winnowing, Schleimer et al. 2003). Two copies of a passage have the same anchors, so that merging compares units
-only around anchors that are there twice, and finds where each match begins and ends.
+sketch has 4 bytes for each unit, and anchors: of every `length` units in a row, the run of half as many whose hash is
+the least (winnowing, Schleimer et al. 2003). Two copies of a passage have the same anchors, so that merging compares
+units only around anchors that are there twice, and finds where each match begins and ends.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

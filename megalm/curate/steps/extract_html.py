@@ -31,9 +31,9 @@ class ExtractHtmlSettings(Config):
 
 
 class ExtractHtml(Step):
-    """text: the page, as a reader decodes it, either rightly or as UTF-8 with `surrogateescape`, which keeps every byte:
-    then its encoding is found here, with the help of metadata `charset` if the server stated one. The page's title goes
-    into metadata."""
+    """text: the page, as a reader decodes it, either rightly or as UTF-8 with `surrogateescape`, which keeps every
+    byte: then its encoding is found here, with the help of metadata `charset` if the server stated one. The page's
+    title goes into metadata."""
 
     kind: ClassVar[str] = "extract_html"
     Settings: ClassVar[type[Config]] = ExtractHtmlSettings
@@ -68,13 +68,17 @@ class ExtractHtml(Step):
 
 
 def decode(body: bytes, stated: str | None = None) -> str:
-    """A page's bytes as text: by its byte order mark, as UTF-8 if that is what it is, by the encoding that the server or
-    the page states if it fits, else by the frequencies of its bytes.
+    """A page's bytes as text: by its byte order mark, as UTF-8 if that is what it is, by the encoding that the server
+    or the page states if it fits, else by the frequencies of its bytes.
 
-    UTF-8 comes before what is stated: other encodings are never UTF-8 by chance, but pages are often converted and their
-    heads left as they were.
+    UTF-8 comes before what is stated: other encodings are never UTF-8 by chance, but pages are often converted and
+    their heads left as they were.
     """
-    for mark, name in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be")):
+    for mark, name in (
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+    ):
         if body.startswith(mark):
             return body[len(mark) :].decode(name, "replace")
     try:
@@ -84,8 +88,8 @@ def decode(body: bytes, stated: str | None = None) -> str:
         if error.start > 1000 and body.count(b"\xef\xbf\xbd") == 0 and _mostly_utf8(body):
             return body.decode("utf-8", "replace")
     head = body[:4096]
-    for found in (stated, *(match.group(1).decode() for pattern in (_META, _XML) if (match := pattern.search(head)))):
-        name = _codec(found)
+    for claimed in (stated, *(match.group(1).decode() for pattern in (_META, _XML) if (match := pattern.search(head)))):
+        name = _codec(claimed)
         if name and name != "utf-8":
             try:
                 return body.decode(name)

@@ -173,7 +173,11 @@ class GopherQuality(Step):
     def _alphabetic(self, found: Units, words: int, asked: GopherThresholds) -> Rejection | None:
         letters = np.concatenate([[0], np.cumsum((found.classes == LETTER) | (found.classes == CJK), dtype=np.int32)])
         share = int((letters[found.ends] > letters[found.starts]).sum()) / words
-        return Rejection("too few words with letters", f"{share:.0%}") if _below(share, asked.min_alphabetic_words) else None
+        return (
+            Rejection("too few words with letters", f"{share:.0%}")
+            if _below(share, asked.min_alphabetic_words)
+            else None
+        )
 
     def _stop_words(self, found: Units, stop: NDArray[np.uint64], least: int) -> Rejection | None:
         present = 0
@@ -208,8 +212,8 @@ def _above(value: float, most: float | None) -> bool:
 # Chinese
 
 _STOP = re.compile("[，。、；：？！《》「」『』“”【】]")
-# Where none can stand: first on a line, behind another one, and two around a single character. People do write ，，, 。。。
-# and ！！！.
+# Where none can stand: first on a line, behind another one, and two around a single character. The same mark again and
+# again (。。。) is what people do write.
 _STRAY = re.compile(
     r"(?m)^[^\S\n]*[，。、；：？！]"
     r"|[，、；：。](?=[^\S\n]*[，、；：。？！])(?<!，(?=，))(?<!。(?=。))"

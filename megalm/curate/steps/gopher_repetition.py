@@ -31,7 +31,8 @@ class RepetitionThresholds(Config):
     max_characters_in_repeated_paragraphs: Share = Field(0.2, ge=0, le=1)
     """Share of characters in them."""
     top_grams: dict[int, float] = {2: 0.2, 3: 0.18, 4: 0.16}
-    """n -> the most that the most frequent sequence of n words may take of the characters, if it is there three times."""
+    """n -> the most that the most frequent sequence of n words may take of the characters, if it is there three
+    times."""
     repeated_grams: dict[int, float] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
     """n -> the most that sequences of n words which were there before may take of the characters."""
 

@@ -17,7 +17,8 @@ class DomainsSettings(Config):
     block: list[str] = []
     """Hosts to leave out, each with all that is below it: example.com is also www.example.com."""
     block_files: list[str] = []
-    """Files of such hosts, one a line; `#` begins a remark, and lines of a hosts file (`0.0.0.0 example.com`) do too."""
+    """Files of such hosts, one a line; `#` begins a remark, and lines of a hosts file (`0.0.0.0 example.com`) do
+    too."""
     allow: list[str] = []
     """If there are any, only these hosts (and what is below them) go on; block wins over allow."""
     allow_files: list[str] = []
@@ -50,8 +51,7 @@ class Domains(Step):
 
     def _verdict(self, document: Document) -> Rejection | None:
         url = document.metadata.get(self.settings.url_key)
-        host = host_of(url) if isinstance(url, str) else ""
-        if not host:
+        if not isinstance(url, str) or not (host := host_of(url)):
             return None if self.settings.without_url else Rejection("no address")
         above = [host, *(host[place.end() :] for place in re.finditer(r"\.", host))]
         blocked = next((name for name in above if name in self._blocked), None)
@@ -90,8 +90,8 @@ class LicencesSettings(Config):
     block: list[str] = []
     """These are left out; block wins over allow."""
     key: str = "license"
-    """Where metadata have the licence: a name, a list of names (any of them allowed is enough, any blocked too much), or
-    an address of Creative Commons."""
+    """Where metadata have the licence: a name, a list of names (any of them allowed is enough, any blocked too much),
+    or an address of Creative Commons."""
     without_licence: bool = False
     """Whether documents of which no licence is known go on."""
 
@@ -133,7 +133,5 @@ def _spdx(name: str) -> str:
 
 
 def _listed(name: str, names: Sequence[str]) -> bool:
-    for other in map(str.lower, names):
-        if name == other or (other.endswith("*") and name.startswith(other[:-1])):
-            return True
-    return False
+    lowered = map(str.lower, names)
+    return any(name == other or (other.endswith("*") and name.startswith(other[:-1])) for other in lowered)

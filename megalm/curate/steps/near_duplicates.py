@@ -44,8 +44,8 @@ class NearDuplicatesSettings(Config):
 
 
 class NearDuplicates(Merging):
-    """A document that is kept learns how many there are of it: metadata `near_duplicates` (FineWeb2 repeats documents by
-    that number)."""
+    """A document that is kept learns how many there are of it: metadata `near_duplicates` (FineWeb2 repeats documents
+    by that number)."""
 
     kind: ClassVar[str] = "near_duplicates"
     Settings: ClassVar[type[Config]] = NearDuplicatesSettings
@@ -107,7 +107,11 @@ class NearDuplicates(Merging):
                 """In a file, so that the system may take its memory back."""
                 return np.memmap(scratch / name, dtype, "w+", shape=(max(1, total),))[:total]
 
-            parents, priorities, ids = column("parents", np.int64), column("priorities", np.float64), column("ids", "<u8")
+            parents, priorities, ids = (
+                column("parents", np.int64),
+                column("priorities", np.float64),
+                column("ids", "<u8"),
+            )
             place = 0
             for records in read(paths, self._sketch):
                 rows = np.arange(place, place + len(records), dtype=np.int64)
@@ -195,7 +199,8 @@ def _unite(parents: Any, keys: Any, rows: Any) -> None:
 
 @numba.njit(cache=True, nogil=True)
 def _clusters(parents: Any, priorities: Any, sizes: Any, best: Any) -> None:
-    """sizes and best at each cluster's root; of equally good rows the first is the best. Afterwards parents are roots."""
+    """sizes and best at each cluster's root; of equally good rows the first is the best. Afterwards parents are
+    roots."""
     for row in range(len(parents)):
         root = _root(parents, row)
         parents[row] = root

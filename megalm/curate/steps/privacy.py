@@ -1,8 +1,8 @@
 """What identifies a person or opens a door becomes a placeholder: <EMAIL>, <PHONE>, <ID_CARD> and so on.
 
 One pass of RE2, in linear time whatever the text, finds where anything could be; only there the exact expressions and
-the checks run: checksums of ID cards and bank cards, ranges of numbers, and what stands around. No expression has a word
-boundary, since none stands between a Chinese character and a digit: `电话13800138000` has a number.
+the checks run: checksums of ID cards and bank cards, ranges of numbers, and what stands around. No expression has a
+word boundary, since none stands between a Chinese character and a digit: `电话13800138000` has a number.
 
 A number that is only a number stays: prices, counts, dates, versions, order numbers, measurements.
 """
@@ -114,7 +114,10 @@ def _places(text: str) -> Iterator[tuple[int, int]]:
             continue
         place += len(data[seen:begin].decode("utf-8", "surrogatepass"))
         seen = begin
-        yield place, place + (end - begin if match.group().isascii() else len(match.group().decode("utf-8", "surrogatepass")))
+        yield (
+            place,
+            place + (end - begin if match.group().isascii() else len(match.group().decode("utf-8", "surrogatepass"))),
+        )
 
 
 Finder = Callable[[str, int, int, bool], Iterator[tuple[int, int]]]
@@ -160,9 +163,13 @@ def _emails(text: str, begin: int, end: int, _: bool) -> Iterator[tuple[int, int
             yield match.span()
 
 
-_IPV4 = re.compile(r"(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?!\d|\.\d)")
+_IPV4 = re.compile(
+    r"(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?!\d|\.\d)"
+)
 _IPV6 = re.compile(r"(?<![0-9A-Za-z:.])[0-9A-Fa-f]{0,4}:(?:[0-9A-Fa-f]{0,4}:)+[0-9A-Fa-f]{0,4}(?![0-9A-Za-z:])")
-_VERSION = re.compile(r"(?i)(?:version|ver\.?|release|build|v|版本|版本号|升级到|更新到|第|chapter|section|§)[\s:：是为]{0,2}$")
+_VERSION = re.compile(
+    r"(?i)(?:version|ver\.?|release|build|v|版本|版本号|升级到|更新到|第|chapter|section|§)[\s:：是为]{0,2}$"
+)
 _ADDRESS = re.compile(
     r"(?i)(?<![a-z])(?:ip|ipv4|addr|address|host|server|dns|ping|gateway|proxy|netmask|subnet|login|from)|地址|服务器|主机|网关|登录|代理"
 )
@@ -193,9 +200,21 @@ def _ips(text: str, begin: int, end: int, private: bool) -> Iterator[tuple[int, 
 
 # GB 11643-1999: province and county (6), date of birth (8), sequence (3), check character (ISO 7064 MOD 11-2).
 _ID_CARD = re.compile(
-    r"(?<![0-9A-Za-z.])[1-8]\d{5}[ -]?(?:18|19|20)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])[ -]?\d{3}[\dXx](?![0-9A-Za-z])"
+    r"(?<![0-9A-Za-z.])[1-8]\d{5}[ -]?(?:18|19|20)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])[ -]?"
+    r"\d{3}[\dXx](?![0-9A-Za-z])"
 )
-_PROVINCES = {*range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66), 71, 81, 82, 83}
+_PROVINCES = {
+    *range(11, 16),
+    *range(21, 24),
+    *range(31, 38),
+    *range(41, 47),
+    *range(50, 55),
+    *range(61, 66),
+    71,
+    81,
+    82,
+    83,
+}
 _ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 
 
@@ -218,13 +237,18 @@ def _id_cards(text: str, begin: int, end: int, _: bool) -> Iterator[tuple[int, i
             yield match.span()
 
 
-_BANK_CARD = re.compile(r"(?<![0-9A-Za-z.])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{1,4}(?:\1?\d{1,3})?|\d{4}[ -]\d{6}[ -]\d{5}|\d{14,19})(?!\d|[.]\d|[ -]\d{2}|[A-Za-z_])")
+_BANK_CARD = re.compile(
+    r"(?<![0-9A-Za-z.])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{1,4}(?:\1?\d{1,3})?|\d{4}[ -]\d{6}[ -]\d{5}|\d{14,19})"
+    r"(?!\d|[.]\d|[ -]\d{2}|[A-Za-z_])"
+)
 # First digits and lengths (ISO/IEC 7812 issuers): UnionPay, Visa, Mastercard, American Express, Discover, JCB, Diners.
 _ISSUERS = re.compile(
     r"62\d{14,17}|60[13]\d{13,16}|9[4-6]\d{14,17}|4\d{15}|4\d{18}|5[1-5]\d{14}|(?:222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720)\d{12}"
     r"|3[47]\d{13}|(?:6011|64[4-9]\d|65\d\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[68]\d)\d{11}"
 )
-_CARD_WORDS = re.compile(r"(?i)卡|账号|帐号|賬號|账户|帐户|银行|銀行|card|account|visa|mastercard|amex|unionpay|iban|bank|转账|汇款|打款|户名")
+_CARD_WORDS = re.compile(
+    r"(?i)卡|账号|帐号|賬號|账户|帐户|银行|銀行|card|account|visa|mastercard|amex|unionpay|iban|bank|转账|汇款|打款|户名"
+)
 _NUMBER_WORDS = re.compile(
     r"(?i)(?:订单|訂單|单号|運單|运单|流水|编号|編號|序列|学号|工号|发票|货号|条码|條碼|书号|批号|型号|文号|证书|案号|时间戳|(?<![a-z])(?:order|invoice)"
     r"|(?<![a-z])(?:serial|tracking|isbn|issn|ean|upc|sku|doi|imei|timestamp|unix|ref(?:erence)?|ticket|receipt|transaction|no\.|№|#|id\b|uid|qq"
@@ -266,10 +290,12 @@ def _plain(text: str, begin: int, end: int) -> bool:
 
 # Prefixes of mobile networks in mainland China (MIIT's allocations), and no longer digits around.
 _MOBILE = re.compile(
-    r"(?<![0-9.])(?:(?:\+|00)?86[ -]?|\(\+?86\)[ -]?)?1(?:3\d|4[5-9]|5[0-35-9]|6[2567]|7[0-8]|8\d|9[0-35-9])([ -]?)\d{4}\1\d{4}(?!\d|\.\d)"
+    r"(?<![0-9.])(?:(?:\+|00)?86[ -]?|\(\+?86\)[ -]?)?"
+    r"1(?:3\d|4[5-9]|5[0-35-9]|6[2567]|7[0-8]|8\d|9[0-35-9])([ -]?)\d{4}\1\d{4}(?!\d|\.\d)"
 )
 _LANDLINE = re.compile(
-    r"(?<![0-9.A-Za-z-])(?:(?:\+|00)86[ -]?)?(?:\(0\d{2,3}\)[ -]?|0(?:10|2\d|[3-9]\d{2})-)[2-8]\d{6,7}(?:-\d{1,5})?(?![0-9-])"
+    r"(?<![0-9.A-Za-z-])(?:(?:\+|00)86[ -]?)?"
+    r"(?:\(0\d{2,3}\)[ -]?|0(?:10|2\d|[3-9]\d{2})-)[2-8]\d{6,7}(?:-\d{1,5})?(?![0-9-])"
     r"|(?<![0-9.A-Za-z-])[48]00-?\d{3,4}-?\d{3,4}(?![0-9-])"
 )
 # With a plus, or as North America writes them (area and exchange codes begin with 2 to 9).

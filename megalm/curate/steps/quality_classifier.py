@@ -1,7 +1,9 @@
-"""A trained classifier's opinion of a document: fastText's bag of hashed words and pairs of words, as logistic regression.
+"""A trained classifier's opinion of a document: fastText's bag of hashed words and pairs of words, as logistic
+regression.
 
 What data such a classifier is trained on decides what stays: references of encyclopaedias (GPT-3, LLaMA), instructions
-and explanations (DCLM, section 4.4, found these best). tools/train_quality_classifier.py trains one from two JSONL files.
+and explanations (DCLM, section 4.4, found these best). tools/train_quality_classifier.py trains one from two JSONL
+files.
 """
 
 from collections.abc import Iterable, Sequence
@@ -112,8 +114,8 @@ def train(
     positive: Iterable[str], negative: Iterable[str], *, bits: int = 20, longest: int = 2, max_units: int = 1000,
     passes: int = 5, rate: float = 1.0, held_out: float = 0.1, seed: int = 0,
 ) -> tuple[HashedNgrams, dict[str, float]]:  # fmt: skip
-    """A model, and what it scores on a held-out share of the texts. Both classes weigh the same, however many texts they
-    have. Adagrad, one text at a time: each feature has its own rate, since words are rare and often alike."""
+    """A model, and what it scores on a held-out share of the texts. Both classes weigh the same, however many texts
+    they have. Adagrad, one text at a time: each feature has its own rate, since words are rare and often alike."""
     model = HashedNgrams(np.zeros(1 << bits, dtype=np.float32), 0.0, longest, max_units)
     rows = [(model.features(text), label) for label, texts in ((1, positive), (0, negative)) for text in texts]
     rows = [(places, label) for places, label in rows if len(places)]
@@ -128,7 +130,8 @@ def train(
     squares = np.full(1 << bits, 1e-8, dtype=np.float32)
     for _ in range(passes):
         for i in random.permutation(inside):
-            _learn(model, squares, *rows[i], rate, float(weights[rows[i][1]]))
+            places, label = rows[i]
+            _learn(model, squares, places, label, rate, float(weights[label]))
     return model, _measured(model, [rows[i] for i in aside])
 
 

@@ -59,7 +59,7 @@ class Groups:
     def __enter__(self) -> "Groups":
         shutil.rmtree(self.folder, ignore_errors=True)  # of a merge that was killed
         self.folder.mkdir(parents=True)
-        self.files = [open(self.folder / str(part), "wb") for part in range(1 << self.bits)]
+        self.files = [(self.folder / str(part)).open("wb") for part in range(1 << self.bits)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -116,9 +116,7 @@ class Verdicts:
         return [self.rows[begin:end] for begin, end in zip(begins, ends)]
 
     @classmethod
-    def write(
-        cls, folder: Path, dtype: np.dtype[Any], rows: Iterable[NDArray[Any]], expected: int, memory: int
-    ) -> int:
+    def write(cls, folder: Path, dtype: np.dtype[Any], rows: Iterable[NDArray[Any]], expected: int, memory: int) -> int:
         """The table of `rows` in any order of documents; how many there are."""
         count = 0
         with Groups(folder / "scratch-verdicts", dtype, "id", expected, memory) as groups:

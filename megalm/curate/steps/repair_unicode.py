@@ -12,8 +12,8 @@ from megalm.config import Config
 from megalm.curate.document import Document, Rejection
 from megalm.curate.step import Step
 
-# What ftfy could mend: controls, UTF-8 read as Latin-1 or Windows-1252, entities, surrogates, ligatures. It reads half a
-# megabyte a second, this expression a hundred times that; most text has none of it.
+# What ftfy could mend: controls, UTF-8 read as Latin-1 or Windows-1252, entities, surrogates, ligatures. It reads half
+# a megabyte a second, this expression a hundred times that; most text has none of it.
 _SUSPICIOUS = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufff9-\uffff\ud800-\udfff\r\u2028\u2029]"
     r"|[\u00c2-\u00f4][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u2022\u2026"
@@ -35,8 +35,8 @@ class RepairUnicodeSettings(Config):
 
 
 class RepairUnicode(Step):
-    """By ftfy, where there is something to mend; composed (NFC), which changes no character that is seen. UTF-8 that was
-    read as GBK loses bytes and cannot be mended: the Chinese thresholds of gopher_quality leave it out."""
+    """By ftfy, where there is something to mend; composed (NFC), which changes no character that is seen. UTF-8 that
+    was read as GBK loses bytes and cannot be mended: the Chinese thresholds of gopher_quality leave it out."""
 
     kind: ClassVar[str] = "repair_unicode"
     Settings: ClassVar[type[Config]] = RepairUnicodeSettings

@@ -29,5 +29,7 @@ class Sample(Step):
     def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
         limit = self.settings.share * 2**64
         key = f"{self.settings.seed}\n"
-        drawn = (xxhash.xxh3_64_intdigest((key + document.id).encode("utf-8", "surrogatepass")) for document in documents)
+        drawn = (
+            xxhash.xxh3_64_intdigest((key + document.id).encode("utf-8", "surrogatepass")) for document in documents
+        )
         return [None if number < limit else Rejection("not in the sample") for number in drawn]
