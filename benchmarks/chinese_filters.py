@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megalm.curate.document import Document, Rejection
-from megalm.curate.steps import step_class
+from megalm.curate.steps.registry import step_class
 from megalm.errors import MegalmError, main_guard
 
 ASKED = 0.95
@@ -170,11 +170,10 @@ def headlines(draw: random.Random, clean: list[str]) -> str:
 
 
 def numbers(draw: random.Random, clean: list[str]) -> str:
-    rows = [
-        f"{draw.choice(WORDS)} {draw.randrange(10**6)} {draw.random():.4f} {draw.randrange(2000, 2030)}-{draw.randrange(12)}"
-        for _ in range(40)
-    ]
-    return "\n".join(rows)
+    def row() -> str:
+        return f"{draw.choice(WORDS)} {draw.randrange(10**6)} {draw.random():.4f} 2024-{draw.randrange(1, 13):02}"
+
+    return "\n".join(row() for _ in range(40))
 
 
 def encoded(draw: random.Random, clean: list[str]) -> str:

@@ -11,9 +11,9 @@ import pytest
 
 from megalm.curate.document import Document
 from megalm.curate.step import Step
-from megalm.curate.steps import KINDS, step_class
 from megalm.curate.steps.gopher_repetition import repetition
 from megalm.curate.steps.profiles import profile_of
+from megalm.curate.steps.registry import KINDS, step_class
 from megalm.curate.steps.units import hash_of, units
 from megalm.errors import MegalmError
 

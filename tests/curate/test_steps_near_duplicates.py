@@ -127,7 +127,7 @@ def test_little_memory_changes_nothing(tmp_path):
     for name, each in (("ample", step()), ("small", step(memory_mb=0.001))):
         (tmp_path / name).mkdir()
         results.append(removed(each, documents, tmp_path / name))
-        assert sorted(path.name for path in (tmp_path / name / "verdicts").iterdir()) == ["verdicts.bin"]
+        assert sorted(path.name for path in (tmp_path / name / "verdicts").iterdir()) == ["ids.bin", "rows.bin"]
     assert results[0] == results[1]
 
 

@@ -89,13 +89,13 @@ def decode(body: bytes, stated: str | None = None) -> str:
             return body.decode("utf-8", "replace")
     head = body[:4096]
     for claimed in (stated, *(match.group(1).decode() for pattern in (_META, _XML) if (match := pattern.search(head)))):
-        name = _codec(claimed)
-        if name and name != "utf-8":
+        encoding = _codec(claimed)
+        if encoding and encoding != "utf-8":
             try:
-                return body.decode(name)
+                return body.decode(encoding)
             except UnicodeDecodeError as error:
                 # A stray byte near nothing: still the encoding that was stated, unless it is wrong from the beginning.
-                text = body.decode(name, "replace")
+                text = body.decode(encoding, "replace")
                 if text.count("\ufffd") < 0.001 * len(text) + 2 and error.start > 200:
                     return text
     return body.decode(_codec(detect_encoding(body)) or "utf-8", "replace")

@@ -97,17 +97,17 @@ def runs(*columns: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 class Verdicts:
-    """A table on disk, sorted by the hash of a document's id: several rows of one document lie together."""
+    """A table on disk, sorted by the hash of a document's id: several rows of one document lie together. The hashes are
+    once more in a file of their own, so that looking one up touches little else."""
 
-    FILE = "verdicts.bin"
+    IDS, ROWS = "ids.bin", "rows.bin"
 
     def __init__(self, folder: Path, dtype: np.dtype[Any]) -> None:
-        path = folder / self.FILE
-        if not path.exists():
+        if not (folder / self.ROWS).exists():
             raise MegalmError(f"there are no verdicts in {folder}: merge the sketches first")
-        rows = check_whole(path, dtype)
-        self.rows: NDArray[Any] = np.memmap(path, dtype=dtype, mode="r") if rows else np.empty(0, dtype=dtype)
-        self.ids = self.rows["id"]
+        self.ids = _mapped(folder / self.IDS, np.dtype("<u8"))
+        self.rows = _mapped(folder / self.ROWS, dtype)
+        assert len(self.ids) == len(self.rows)
 
     def of(self, documents: Sequence[Document]) -> list[NDArray[Any]]:
         """The rows of each document, in the order in which they were written."""
@@ -122,10 +122,15 @@ class Verdicts:
         with Groups(folder / "scratch-verdicts", dtype, "id", expected, memory) as groups:
             for each in rows:
                 groups.add(each)
-            temporary = folder / f"{cls.FILE}.tmp"
-            with open(temporary, "wb") as file:
+            # The rows come last: where they are, the table is whole.
+            with open(folder / cls.IDS, "wb") as ids, open(folder / f"{cls.ROWS}.tmp", "wb") as table:
                 for part in groups.parts():
-                    file.write(part.tobytes())
+                    ids.write(part["id"].tobytes())
+                    table.write(part.tobytes())
                     count += len(part)
-            temporary.rename(folder / cls.FILE)
+            (folder / f"{cls.ROWS}.tmp").rename(folder / cls.ROWS)
         return count
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    return np.memmap(path, dtype=dtype, mode="r") if check_whole(path, dtype) else np.empty(0, dtype=dtype)
