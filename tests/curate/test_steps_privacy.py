@@ -14,7 +14,8 @@ IDENTIFIERS = {
     "IP": ["203.0.114.45", "8.218.33.200", "2001:4860:4860::8888", "2400:3200:baba:0:0:0:0:1"],
     "PHONE": [
         "13800138000", "18612345678", "+8615912345678", "+86 177-1234-5678", "139 1234 5678", "010-62345678",
-        "(010) 62345678", "0755-8234567", "400-820-8820", "+44 20 7946 0958", "(415) 555-2671", "415-555-2671",
+        "(010) 62345678", "0755-8234567", "400-820-8820", "+44 20 7946 0958", "+4512345678",
+        "(415) 555-2671", "415-555-2671",
     ],
     "ID_CARD": ["11010519491231002X", "440524188001010014", "11010519491231002x"],
     "BANK_CARD": ["4111111111111111", "5555 5555 5555 4444", "378282246310005",
@@ -61,6 +62,7 @@ Version 10.0.19041.1, v1.2.3.4, section 1.2.10.4, build 203.0.114.45, 版本号�
 id=13812345678&page=2 https://example.com/news/13812345678.html img_13812345678.jpg
 0x7fffffffffff deadbeef13812345678cafe a1b2c3d4-e5f6-7890-abcd-ef1234567890
 E=mc^2, f(x)=12345678901, 1-800 m, 2-3 4-5 6-7 8-9, 100-200-300, 10 000 000 000, 12 345 678 901
+There are 400-120-200=80 left, 500-1200-200, 4111111111111111abc, (a*b)+341275144, photo 4153438231537373298.jpeg, 65x698_4111111111111111
 std::vector<int>, 12:30:45, a::b::c, 16:9, ratio 1:2:3:4, fe80::1, 192.168.1.1, 127.0.0.1, 0.0.0.0, 255.255.255.0
 user@localhost, @mention, image@2x.png, a @ b, 5@3
 12345678901 22345678901 1380013800 138001380000 12012345678 19412345678
@@ -97,6 +99,12 @@ def test_checksums_are_those_of_python_stdnum():
         assert id_card(number) == ric.is_valid(number), number
         seen.add(id_card(number))
     assert seen == {True, False}
+
+
+def test_a_private_key_that_is_cut_off_is_replaced_to_its_end():
+    head = KEY.partition("-----END")[0].rstrip()
+    assert replaced(f"Key:\n{head}") == "Key:\n<KEY>"
+    assert replaced(f"Key:\n{head}\n\nMore text.") == "Key:\n<KEY>\n\nMore text."
 
 
 def test_full_width_digits_are_digits():

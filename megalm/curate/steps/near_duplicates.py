@@ -2,8 +2,8 @@
 
 MinHash (Broder 1997) over shingles of units, found by locality-sensitive hashing: a signature of 112 values is cut into
 14 bands of 8, and two documents that agree in a band are the same for us. The chance of that for shingle sets of
-Jaccard similarity s is 1 - (1 - s^8)^14: 0.92 at s = 0.8, 0.56 at 0.7, 0.01 at 0.4 (the choice of
-for FineWeb, section 3.4). Documents that are linked through others are one cluster.
+Jaccard similarity s is 1 - (1 - s^8)^14: 0.92 at s = 0.8, 0.56 at 0.7, 0.01 at 0.4 (as
+FineWeb has it: Penedo et al. 2024, section 3.4). Documents that are linked through others are one cluster.
 
 Shingles are of characters in Chinese and Japanese, of words elsewhere: words that a dictionary cuts are cut otherwise
 after a small edit.

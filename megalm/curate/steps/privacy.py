@@ -80,13 +80,18 @@ def find(text: str, kinds: Sequence[Kind], private_ips: bool = False) -> list[Fo
         taken: list[Found] = []
         for kind in _ORDER:
             if kind in kinds:
-                for start, stop in _FINDERS[kind](plain, begin, end, private_ips):
-                    if not any(start < other.end and other.start < stop for other in taken):
+                for start, stop in _FINDERS[kind](plain, begin, end + _AHEAD, private_ips):
+                    if (
+                        start < end
+                        and stop <= end
+                        and not any(start < other.end and other.start < stop for other in taken)
+                    ):
                         taken.append(Found(start, stop, kind))
         found += sorted(taken)
     return found
 
 
+_AHEAD = 8  # characters behind a place that an expression looks at
 _ORDER: tuple[Kind, ...] = ("key", "email", "ip", "id_card", "bank_card", "phone")
 _WIDE = re.compile("[０-９＠．－Ｘ]")
 _FULL_WIDTH = str.maketrans("０１２３４５６７８９＠．－Ｘ", "0123456789@.-X")  # one for one: places stay
@@ -124,7 +129,8 @@ Finder = Callable[[str, int, int, bool], Iterator[tuple[int, int]]]
 
 # Keys and tokens: https://docs.github.com/en/authentication (tokens), RFC 7519 (JWT), AWS IAM unique identifiers.
 _KEY = re.compile(
-    r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----.*"
+    r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----"
+    r"(?:.*?-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|.*?(?=\n\s*\n|\Z))"
     r"|(?<![A-Za-z0-9])(?:AKIA|ASIA)[0-9A-Z]{16}(?![A-Za-z0-9])"
     r"|(?<![A-Za-z0-9])gh[pousr]_[A-Za-z0-9]{36,255}(?![A-Za-z0-9])"
     r"|(?<![A-Za-z0-9])github_pat_[A-Za-z0-9_]{22,255}(?![A-Za-z0-9])"
@@ -238,8 +244,8 @@ def _id_cards(text: str, begin: int, end: int, _: bool) -> Iterator[tuple[int, i
 
 
 _BANK_CARD = re.compile(
-    r"(?<![0-9A-Za-z.])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{1,4}(?:\1?\d{1,3})?|\d{4}[ -]\d{6}[ -]\d{5}|\d{14,19})"
-    r"(?!\d|[.]\d|[ -]\d{2}|[A-Za-z_])"
+    r"(?<![0-9A-Za-z._])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{1,4}(?:\1?\d{1,3})?|\d{4}[ -]\d{6}[ -]\d{5}|\d{14,19})"
+    r"(?!\d|[.](?:\d|jpe?g|png|gif|webp|html?|pdf|mp4|php)|[ -]\d{2}|[A-Za-z_])"
 )
 # First digits and lengths (ISO/IEC 7812 issuers): UnionPay, Visa, Mastercard, American Express, Discover, JCB, Diners.
 _ISSUERS = re.compile(
@@ -296,10 +302,12 @@ _MOBILE = re.compile(
 _LANDLINE = re.compile(
     r"(?<![0-9.A-Za-z-])(?:(?:\+|00)86[ -]?)?"
     r"(?:\(0\d{2,3}\)[ -]?|0(?:10|2\d|[3-9]\d{2})-)[2-8]\d{6,7}(?:-\d{1,5})?(?![0-9-])"
-    r"|(?<![0-9.A-Za-z-])[48]00-?\d{3,4}-?\d{3,4}(?![0-9-])"
+    r"|(?<![0-9.A-Za-z-])[48]00-?(?:\d{3}-\d{4}|\d{4}-\d{3}|\d{7})(?![0-9-])"
 )
 # With a plus, or as North America writes them (area and exchange codes begin with 2 to 9).
-_INTERNATIONAL = re.compile(r"(?<![0-9A-Za-z+])\+[1-9]\d{0,2}[ .-]?(?:\(\d{1,5}\)|\d)(?:[ .-]?\d){6,13}(?!\d)")
+_INTERNATIONAL = re.compile(
+    r"(?<![0-9A-Za-z+)\]])\+(?=(?:[ .()-]*\d){10,15}(?!\d))[1-9]\d{0,2}(?:[ .-]{0,2}(?:\(\d{1,5}\)|\d))+(?!\d)"
+)
 _AMERICAN = re.compile(
     r"(?<![0-9.A-Za-z-])(?:1[ .-])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}([.-]))[2-9]\d{2}(?(1)\1|-)\d{4}(?!\d|[.-]\d)"
 )
@@ -319,7 +327,12 @@ def _phones(text: str, begin: int, end: int, _: bool) -> Iterator[tuple[int, int
                 continue
             # In the middle of a name, an address of the web or a calculation it is none.
             glued = before[-1:].isascii() and (before[-1:].isalpha() or before.endswith(tuple("_/=&#%")))
-            if glued or (after.isascii() and after.isalpha()) or after in ("_", "%") or _NUMBER_WORDS.search(before):
+            if (
+                glued
+                or (after.isascii() and after.isalpha())
+                or after in tuple("_%=*^")
+                or _NUMBER_WORDS.search(before)
+            ):
                 continue
             if pattern is _LANDLINE and match.group()[0] in "48" and "-" not in match.group():
                 continue  # 4008123123 may be anything
