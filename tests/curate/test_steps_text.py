@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from megalm.curate.document import Document
-from megalm.curate.step import Step
+from megalm.curate.document import Document, Rejection
+from megalm.curate.step import Merging, Step
 from megalm.curate.steps.extract_html import decode
 from megalm.curate.steps.lists import host_of
 from megalm.curate.steps.quality_classifier import HashedNgrams, train
@@ -359,6 +360,40 @@ def test_a_classifier_that_is_none_is_refused(tmp_path):
             one("quality_classifier", Document("1", "x"), model=str(tmp_path / name))
     with pytest.raises(MegalmError, match="give some of both"):
         train(["good text"] * 20, [], bits=10)
+
+
+ODD = [
+    "", " ", "\n\n\n", "\x00", "\ud800", "a\udc80b", "x" * 50_000, "的" * 20_000, "。" * 300, "1" * 3000, "- \n" * 500,
+    "\u200b\u2028\u202e", "İ" * 100, "e\u0301" * 100, "😀👨‍👩‍👧" * 50,
+    "ة العربية" * 40, "<p>" * 100, "@" * 500, ":" * 500, "{" * 99,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_however_odd_stops_a_step(kind, tmp_path):
+    """Every verdict is one of the two kinds, a rejection has a reason, and what goes on is still text."""
+    settings: dict[str, Any] = {}
+    if kind == "decontaminate":
+        settings = {"evaluations": [evaluation(tmp_path)]}
+    elif kind == "quality_classifier":
+        HashedNgrams(np.zeros(1024, dtype=np.float32), 0.1, 2, 100).save(tmp_path / "model.npz")
+        settings = {"model": str(tmp_path / "model.npz")}
+    elif kind == "sample":
+        settings = {"share": 0.5}
+    step = build(kind, **settings)
+    documents = [Document(f"odd-{number}\ud800", text) for number, text in enumerate(ODD)]
+    if isinstance(step, Merging):
+        (tmp_path / "sketch").write_bytes(step.sketch(documents))
+        step.merge([tmp_path / "sketch"], tmp_path / "verdicts")
+        step.judge(tmp_path / "verdicts")
+    verdicts = step.apply(documents)
+    assert len(verdicts) == len(documents)
+    for document, verdict in zip(documents, verdicts):
+        assert verdict is None or (isinstance(verdict, Rejection) and verdict.reason)
+        assert isinstance(document.text, str)
+        measured = step.measure(document)
+        assert all(isinstance(value, float | int) and value == value for value in measured.values())
+    assert step.apply([]) == []
 
 
 def test_the_list_of_steps_costs_nothing():

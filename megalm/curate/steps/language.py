@@ -61,7 +61,7 @@ def identify(text: str) -> tuple[str, float]:
 
     What is written in Chinese characters, with neither kana nor Hangul, is Chinese, whatever the model guesses: it
     takes a sixth of the poems of the Tang for Japanese. Its probability is that of all languages so written."""
-    line = " ".join(text.split())
+    line = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())  # without lone surrogates
     (name, score), *_ = _guesses(line, 1)
     if name == "zh" or len(_HAN.findall(text)) <= 0.6 * sum(map(str.isalpha, text)) or _OTHER_CJK.search(text):
         return name, score
