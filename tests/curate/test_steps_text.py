@@ -96,6 +96,13 @@ def test_pages_without_text_are_left_out(text, expected):
     assert one("extract_html", Document("1", text), max_megabytes=1.0) == expected
 
 
+def test_plain_text_may_go_on_as_it_is():
+    text = "if a < b and c > d: print('plain')\n\n<not a tag>"
+    document = Document("1", text)
+    assert one("extract_html", document, plain_text="keep") is None
+    assert document.text == text
+
+
 def test_no_page_stops_a_task():
     draw = random.Random(0)
     raw = page(PARAGRAPHS)

@@ -17,13 +17,17 @@ from megalm.curate.step import Step
 _ESCAPED = re.compile("[\udc80-\udcff]")
 _META = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([A-Za-z0-9_:.-]+)""", re.IGNORECASE)
 _XML = re.compile(rb"""^\s*<\?xml[^>]{0,200}?encoding\s*=\s*["']([A-Za-z0-9_:.-]+)""")
-_TAG = re.compile(r"<[a-zA-Z!/][^>]*>")
+_TAG = re.compile(
+    r"<(?:!doctype|html|head|body|title|p|div|span|a|br|table|td|li|ul|h[1-6]|article|script|img|b|i)\b", re.I
+)
 
 
 class ExtractHtmlSettings(Config):
     mode: Literal["fast", "best"] = "fast"
     """fast: resiliparse, tens of megabytes a second. best: trafilatura, a tenth of that, leaves less of the page's
     fittings in."""
+    plain_text: Literal["reject", "keep"] = "reject"
+    """What becomes of a document that is no HTML, where a recipe has sources of both kinds."""
     max_megabytes: float = Field(8.0, gt=0)
     """Larger pages are left out: they are data, and take minutes."""
     min_characters: int = Field(1, ge=1)
@@ -47,7 +51,7 @@ class ExtractHtml(Step):
         if len(page) > self.settings.max_megabytes * 1e6:
             return Rejection("page too large", f"{len(page) / 1e6:.1f} million characters")
         if not _TAG.search(page):
-            return Rejection("not HTML")
+            return None if self.settings.plain_text == "keep" else Rejection("not HTML")
         if _ESCAPED.search(page):
             stated = document.metadata.get("charset")
             page = decode(page.encode("utf-8", "surrogateescape"), stated if isinstance(stated, str) else None)
