@@ -1,0 +1,136 @@
+"""Records of fixed size on disk, grouped by a hash in bounded memory, and the verdicts that come of them.
+
+Steps that must see all documents first (exact and near duplicates, paragraphs, substrings) write a few bytes of each.
+What is equal meets by cutting the records into parts by the first bits of a hash, each small enough to be sorted in
+memory: two passes over the records, whatever their number. The order in which records were written is kept, so that
+"the first" is the same in every run.
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from megalm.curate.document import Document
+from megalm.errors import MegalmError
+
+_ROWS = 1 << 18  # read at once
+_MOST_PARTS = 512  # files open at once
+
+
+def id_hash(document: Document) -> int:
+    return xxhash.xxh3_64_intdigest(document.id.encode("utf-8", "surrogatepass"))
+
+
+def read(paths: Iterable[Path], dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
+    """All records of the files, in order."""
+    for path in paths:
+        check_whole(path, dtype)
+        with open(path, "rb") as file:
+            while data := file.read(_ROWS * dtype.itemsize):
+                yield np.frombuffer(data, dtype=dtype)
+
+
+def check_whole(path: Path, dtype: np.dtype[Any]) -> int:
+    """How many records a file has."""
+    count, rest = divmod(path.stat().st_size, dtype.itemsize)
+    if rest:
+        raise MegalmError(f"the sketches in {path} are cut off within a record: remove the file and run its task again")
+    return count
+
+
+class Groups:
+    """Records by the first bits of the field `key` (an evenly spread uint64). As a context it removes its files."""
+
+    def __init__(self, folder: Path, dtype: np.dtype[Any], key: str, expected: int, memory: int) -> None:
+        """expected: how many records at most, by which the number of parts is chosen so that sorting one takes about
+        `memory` bytes."""
+        self.folder, self.dtype, self.key = folder, dtype, key
+        need = expected * dtype.itemsize * 4  # the records, their order, and the sorted copy
+        self.bits = max(0, int(np.ceil(np.log2(max(1, need / memory)))))
+        self.bits = min(self.bits, _MOST_PARTS.bit_length() - 1)
+        self.files: list[BinaryIO] = []
+
+    def __enter__(self) -> "Groups":
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a merge that was killed
+        self.folder.mkdir(parents=True)
+        self.files = [(self.folder / str(part)).open("wb") for part in range(1 << self.bits)]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for file in self.files:
+            file.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, records: NDArray[Any]) -> None:
+        if not self.bits:
+            self.files[0].write(records.tobytes())
+            return
+        part = (records[self.key] >> np.uint64(64 - self.bits)).astype(np.uint16)
+        order = np.argsort(part, kind="stable")
+        bounds = np.searchsorted(part[order], np.arange(len(self.files) + 1))
+        sorted_records = records[order]
+        for file, begin, end in zip(self.files, bounds, bounds[1:]):
+            file.write(sorted_records[begin:end].tobytes())
+
+    def parts(self) -> Iterator[NDArray[Any]]:
+        """Each part's records, sorted by the key, equal keys in the order in which they were added."""
+        for file in self.files:
+            file.close()
+            records = np.fromfile(file.name, dtype=self.dtype)
+            Path(file.name).unlink()
+            yield records[np.argsort(records[self.key], kind="stable")]
+
+
+def runs(*columns: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where a run of equal rows begins, of columns that are sorted."""
+    begins = np.zeros(len(columns[0]), dtype=np.bool_)
+    begins[:1] = True
+    for column in columns:
+        begins[1:] |= column[1:] != column[:-1]
+    return begins
+
+
+class Verdicts:
+    """A table on disk, sorted by the hash of a document's id: several rows of one document lie together. The hashes are
+    once more in a file of their own, so that looking one up touches little else."""
+
+    IDS, ROWS = "ids.bin", "rows.bin"
+
+    def __init__(self, folder: Path, dtype: np.dtype[Any]) -> None:
+        if not (folder / self.ROWS).exists():
+            raise MegalmError(f"there are no verdicts in {folder}: merge the sketches first")
+        self.ids = _mapped(folder / self.IDS, np.dtype("<u8"))
+        self.rows = _mapped(folder / self.ROWS, dtype)
+        assert len(self.ids) == len(self.rows)
+
+    def of(self, documents: Sequence[Document]) -> list[NDArray[Any]]:
+        """The rows of each document, in the order in which they were written."""
+        ids = np.fromiter(map(id_hash, documents), dtype=np.uint64, count=len(documents))
+        begins, ends = (np.searchsorted(self.ids, ids, side=side) for side in ("left", "right"))
+        return [self.rows[begin:end] for begin, end in zip(begins, ends)]
+
+    @classmethod
+    def write(cls, folder: Path, dtype: np.dtype[Any], rows: Iterable[NDArray[Any]], expected: int, memory: int) -> int:
+        """The table of `rows` in any order of documents; how many there are."""
+        count = 0
+        with Groups(folder / "scratch-verdicts", dtype, "id", expected, memory) as groups:
+            for each in rows:
+                groups.add(each)
+            # The rows come last: where they are, the table is whole.
+            with open(folder / cls.IDS, "wb") as ids, open(folder / f"{cls.ROWS}.tmp", "wb") as table:
+                for part in groups.parts():
+                    ids.write(part["id"].tobytes())
+                    table.write(part.tobytes())
+                    count += len(part)
+            (folder / f"{cls.ROWS}.tmp").rename(folder / cls.ROWS)
+        return count
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    return np.memmap(path, dtype=dtype, mode="r") if check_whole(path, dtype) else np.empty(0, dtype=dtype)

@@ -1,0 +1,163 @@
+"""Exact duplicates: documents, paragraphs, lines and passages, against what sets and plain search find."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from megalm.curate.document import Document
+from megalm.curate.step import Merging
+from megalm.curate.steps.exact_documents import ExactDocuments, ExactDocumentsSettings
+from megalm.curate.steps.exact_paragraphs import ExactParagraphs, ExactParagraphsSettings
+from megalm.curate.steps.exact_substrings import ExactSubstrings, ExactSubstringsSettings
+from megalm.curate.steps.records import Verdicts
+from megalm.errors import MegalmError
+
+
+def run(step: Merging, documents: list[Document], folder: Path, files: int = 2) -> tuple[list, dict]:
+    """Verdicts of a whole run with several tasks and batches of three."""
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for number in range(files):
+        task = documents[number * len(documents) // files : (number + 1) * len(documents) // files]
+        path = folder / f"sketch-{number}"
+        path.write_bytes(b"".join(step.sketch(task[begin : begin + 3]) for begin in range(0, len(task), 3)))
+        paths.append(path)
+    (folder / "verdicts").mkdir()
+    told = step.merge(paths, folder / "verdicts")
+    assert {path.name for path in (folder / "verdicts").iterdir()} == {Verdicts.IDS, Verdicts.ROWS}, "no scratch"
+    other = type(step)(step.settings)
+    other.judge(folder / "verdicts")
+    return [
+        answer for begin in range(0, len(documents), 3) for answer in other.apply(documents[begin : begin + 3])
+    ], told
+
+
+def documents(*texts: str) -> list[Document]:
+    return [Document(f"id-{number}", text) for number, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("memory_mb", [512, 0.0005])
+def test_the_first_of_equal_documents_stays(memory_mb, tmp_path):
+    draw = random.Random(0)
+    texts = [f"text {draw.randrange(300)}" for _ in range(1000)]
+    given = documents(*texts)
+    answers, told = run(ExactDocuments(ExactDocumentsSettings(memory_mb=memory_mb)), given, tmp_path / "run", files=4)
+    seen: set[str] = set()
+    for text, document, answer in zip(texts, given, answers):
+        assert (answer is not None) == (text in seen)
+        if answer is None and texts.count(text) > 1:
+            assert document.metadata["copies"] == texts.count(text)
+        seen.add(text)
+    assert told["removed"] == 1000 - len(seen)
+    assert told["most copies of a text"] == max(map(texts.count, seen))
+
+
+def test_space_and_case_count_unless_told(tmp_path):
+    texts = "A  text.", "a text.\n", "another"
+    for ignore, expected in ((False, [False, False, False]), (True, [False, True, False])):
+        step = ExactDocuments(ExactDocumentsSettings(ignore_space_and_case=ignore))
+        answers, _ = run(step, documents(*texts), tmp_path / str(ignore))
+        assert [answer is not None for answer in answers] == expected
+
+
+def test_no_documents_at_all(tmp_path):
+    for step in (ExactDocuments(ExactDocumentsSettings()), ExactParagraphs(ExactParagraphsSettings()), substrings()):
+        answers, told = run(step, [], tmp_path / step.kind, files=1)
+        assert answers == [] and set(told.values()) <= {0}
+
+
+def test_repeated_paragraphs_are_cut_from_later_documents_only(tmp_path):
+    notice = "All rights reserved by the publisher of this page."
+    texts = (
+        f"First story, long enough to count.\n\n{notice}",
+        f"{notice.upper()}\n\nSecond story, long enough too.\n\nYes.",
+        f"Yes.\n\n{notice}\n \n{notice}",
+        notice,
+        "一个很长很长的段落，讲的是一件很久很久以前的事情。\n\n短。\n\n短。",
+        "另一件事。\n\n一个很长很长的段落，讲的是一件很久很久以前的事情。",
+    )
+    given = documents(*texts)
+    answers, told = run(ExactParagraphs(ExactParagraphsSettings()), given, tmp_path)
+    assert [answer.reason if answer else None for answer in answers] == [
+        None, None, None, "all paragraphs are in earlier documents", None, None,
+    ]  # fmt: skip
+    assert [document.text for document in given] == [
+        texts[0], "Second story, long enough too.\n\nYes.", "Yes.", notice, texts[4], "另一件事。",
+    ]  # fmt: skip
+    assert told["cut"] == 5
+
+
+def test_lines_keep_their_order_and_blank_lines(tmp_path):
+    texts = "alpha alpha alpha alpha\nbeta\n\ngamma gamma gamma gamma", "delta\nalpha alpha alpha alpha\n\nepsilon"
+    given = documents(*texts)
+    run(ExactParagraphs(ExactParagraphsSettings(unit="line", min_characters=10)), given, tmp_path)
+    assert [document.text for document in given] == [texts[0], "delta\n\nepsilon"]
+
+
+def substrings(**settings: object) -> ExactSubstrings:
+    return ExactSubstrings(ExactSubstringsSettings(**settings))
+
+
+def test_planted_passages_are_cut_to_the_word(tmp_path):
+    words = iter(f"w{number}" for number in range(10**6))
+
+    def fresh(count: int) -> str:
+        return " ".join(next(words) for _ in range(count))
+
+    passage, short = fresh(60), fresh(49)
+    texts = (
+        f"{fresh(80)} {passage}. {fresh(30)}",
+        f"{fresh(20)}\n{passage}!\n{fresh(20)} {short}",
+        f"{short} {fresh(70)}",
+        passage,
+        f"{passage} {fresh(10)} {passage}",
+    )
+    given = documents(*texts)
+    answers, told = run(substrings(), given, tmp_path)
+    assert given[0].text == texts[0], "the first stays"
+    assert given[1].text == texts[1].replace(f"{passage}!\n", "")
+    assert given[2].text == texts[2], "49 words are too few"
+    assert answers[3] is not None and answers[3].reason == "all passages are in earlier documents"
+    assert given[4].text.split() == texts[4].split()[60:70]
+    assert told["passages"] >= 4
+
+
+@pytest.mark.parametrize("memory_mb", [64, 0.001])
+def test_every_long_passage_that_was_seen_before_is_cut_and_no_other(memory_mb, tmp_path):
+    """Against a search through all windows of 20 characters of random copies."""
+    draw, length = random.Random(1), 20
+    pool = [chr(0x4E00 + draw.randrange(3000)) for _ in range(3000)]
+    texts = []
+    for _ in range(40):
+        parts = []
+        for _ in range(draw.randrange(1, 5)):
+            begin = draw.randrange(len(pool) - 60)
+            parts.append("".join(pool[begin : begin + draw.randrange(5, 60)]))
+            parts.append("".join(chr(0x6000 + draw.randrange(8000)) for _ in range(draw.randrange(30))))
+        texts.append("".join(parts))
+    seen: set[str] = set()
+    expected = []
+    for text in texts:
+        cut = set()
+        for begin in range(len(text) - length + 1):
+            window = text[begin : begin + length]
+            if window in seen:
+                cut |= set(range(begin, begin + length))
+            seen.add(window)
+        expected.append("".join(character for place, character in enumerate(text) if place not in cut))
+    given = documents(*texts)
+    answers, _ = run(substrings(length=length, memory_mb=memory_mb), given, tmp_path)
+    assert ["" if answer else document.text for document, answer in zip(given, answers)] == expected
+    assert expected != texts
+
+
+def test_a_sketch_that_is_cut_off_is_refused(tmp_path):
+    for step in (ExactDocuments(ExactDocumentsSettings()), substrings(length=8)):
+        sketch = tmp_path / "sketch"
+        sketch.write_bytes(step.sketch(documents("one two three four five six seven eight nine"))[:-3])
+        (tmp_path / step.kind).mkdir()
+        with pytest.raises(MegalmError, match="cut off"):
+            step.merge([sketch], tmp_path / step.kind)
+        with pytest.raises(MegalmError, match="merge the sketches first"):
+            step.judge(tmp_path / step.kind)
