@@ -11,17 +11,26 @@ from megalm.convert.folder import write_json
 from megalm.convert.mapping import Same
 from megalm.convert.sources import CheckpointSource
 from megalm.errors import MegalmError
-from megalm.models.tuning import is_added, is_trained
+from megalm.models.tuning import is_added, is_head, is_trained
 from megalm.nn.adapter import MAGNITUDE, A, B
+from megalm.nn.config import HeadKind
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _NAMES = {A: "lora_A.weight", B: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
 """Our names of an adapter's parameters -> peft's in a file."""
+_TASKS: dict[HeadKind, str] = {
+    "language_model": "CAUSAL_LM",
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+}
+"""What peft calls them."""
 
 
 def to_peft(checkpoint: Path, output: Path) -> int:
-    """Write the adapters of a checkpoint, fp32, and peft's description of them; returns the bytes of the weights.
+    """Write the adapters of a checkpoint, and a task's head beside them, fp32, and peft's description of them; returns
+    the bytes of the weights.
 
     The base is the model that the run started from (model.init_from), as to_hf writes it or as it came.
 
@@ -55,23 +64,30 @@ def to_peft(checkpoint: Path, output: Path) -> int:
             target = entry.theirs.removesuffix(".weight")
             modules.append(target)
             tensors[f"base_model.model.{target}.{_NAMES[kind]}"] = source.saved(name, 0, shape[0])
+        heads = [entry for name, entry in theirs.items() if is_head(name)]
+        for entry in heads:
+            [name] = entry.ours
+            tensors[f"base_model.model.{entry.theirs}"] = source.whole(name)
+        saved = sorted({entry.theirs.rpartition(".")[0] for entry in heads})
         output.mkdir(parents=True)
         save_file(tensors, output / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json(output / CONFIG_FILE, _described(source, sorted(set(modules))))
+        write_json(output / CONFIG_FILE, _described(source, sorted(set(modules)), saved))
         return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _described(source: CheckpointSource, modules: list[str]) -> dict[str, Any]:
+def _described(source: CheckpointSource, modules: list[str], saved: list[str]) -> dict[str, Any]:
+    """saved: modules that were trained whole, a head's."""
     tuning = source.tuning
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": _TASKS[source.config.head],
         "base_model_name_or_path": source.manifest.config["model"].get("init_from"),
         "r": tuning.rank,
         "lora_alpha": tuning.alpha,
         "lora_dropout": 0.0,
         "use_dora": tuning.method == "dora",
         "target_modules": modules,
+        **({"modules_to_save": saved} if saved else {}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megalm.convert.adapter import to_peft
+from megalm.convert.architectures import HEAD_CLASSES
 from megalm.convert.conversion import to_hf
 from megalm.convert.sources import CheckpointSource
 from megalm.errors import MegalmError
@@ -16,6 +17,7 @@ from megalm.eval.load import load_model
 from megalm.models.config import ModelConfig, TuningConfig
 from megalm.models.decoder import build_model
 from megalm.models.tuning import tuned_decoder
+from megalm.nn.config import HeadKind
 from megalm.nn.layers import Layers
 from tests.checkpoint import writing
 from tests.convert import models
@@ -39,9 +41,17 @@ def cut(name: str) -> int | None:
     return models.cut(name)
 
 
-def checkpoint(directory: Path, name: str, tokenizer: Path, tensor: int = 1, **tuning: Any) -> Path:
+def checkpoint(
+    directory: Path,
+    name: str,
+    tokenizer: Path,
+    tensor: int = 1,
+    head: HeadKind = "language_model",
+    **tuning: Any,
+) -> Path:
     """Of a model whose adapters have learnt something."""
-    config = ModelConfig(**models.SIZES | models.MODELS[name][1])
+    labels = {} if head == "language_model" else {"num_labels": 2}
+    config = ModelConfig(**models.SIZES | models.MODELS[name][1] | labels, head=head)
     tuned = TuningConfig(**tuning)
     model = build_model(tuned_decoder(config, tuned, Layers(), seed=0, segmented=False), seed=3)
     draw = torch.Generator().manual_seed(2)
@@ -116,6 +126,31 @@ def test_peft_loads_it_onto_the_base(
     assert distance(ours, unadapted) > 100 * TOLERANCE, "the adapters matter"
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("head", HEAD_CLASSES)
+def test_a_head_goes_with_the_adapters(head: HeadKind, name: str, tmp_path: Path, tokenizer_path: Path) -> None:
+    """Onto a base whose own head is another, and by the class that peft has for the task."""
+    step = checkpoint(tmp_path / "run", name, tokenizer_path, head=head, method="lora")
+    base = without_adapters(tmp_path, step, name, tokenizer_path)
+    to_hf(base, tmp_path / "base", verify=False)
+    to_peft(step, tmp_path / "adapter")
+    language_model = hugging_face(tmp_path / "base")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "base", num_labels=2)
+    plain = getattr(transformers, f"{name.capitalize()}{HEAD_CLASSES[head]}")(config)
+    # from_pretrained would not find them: the class for questions calls its body by another name.
+    plain.base_model.load_state_dict(language_model.base_model.state_dict())
+    model = peft.PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
+    ours, ids = our_logits(step), tokens()
+    with torch.no_grad():
+        said = model(input_ids=ids)
+    if head == "question_answering":
+        assert distance(ours, torch.stack((said.start_logits, said.end_logits), dim=-1)) < TOLERANCE
+    elif head == "token_classification":
+        assert distance(ours, said.logits) < TOLERANCE
+    else:
+        assert distance(ours[:, -1], said.logits) < TOLERANCE, "no padding: read at the last token"
+
+
 def without_adapters(folder: Path, step: Path, name: str, tokenizer: Path) -> Path:
     """A checkpoint of the weights that the adapters of another were trained beside."""
     with CheckpointSource(step) as source:
@@ -123,7 +158,8 @@ def without_adapters(folder: Path, step: Path, name: str, tokenizer: Path) -> Pa
     model, config = models.build(**models.MODELS[name][1])
     with torch.no_grad():
         for each, parameter in model.named_weights().items():
-            parameter.copy_(weights[each])
+            if each in weights:  # a language model's own head is not, where there is another
+                parameter.copy_(weights[each])
     return models.checkpoint(folder / "base-run", model, config, tokenizer)
 
 
