@@ -47,6 +47,9 @@ class ExactSubstrings(Merging):
     Settings: ClassVar[type[Config]] = ExactSubstringsSettings
     settings: ExactSubstringsSettings
 
+    def prepare(self) -> None:
+        self.sketch([Document("first", "Some words to begin with.")])
+
     def sketch(self, documents: Sequence[Document]) -> bytes:
         pieces = []
         for document in documents:

@@ -38,6 +38,9 @@ class ExtractHtml(Step):
     Settings: ClassVar[type[Config]] = ExtractHtmlSettings
     settings: ExtractHtmlSettings
 
+    def prepare(self) -> None:
+        self.apply([Document("first", "<html><body><p>Some words to begin with.</p></body></html>")])
+
     def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
         return [self._extract(document) for document in documents]
 

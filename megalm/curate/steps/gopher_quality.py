@@ -109,6 +109,9 @@ class GopherQuality(Step):
     Settings: ClassVar[type[Config]] = GopherQualitySettings
     settings: GopherQualitySettings
 
+    def prepare(self) -> None:
+        self.apply([Document("first", "Some words to begin with.")])
+
     def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
         return [self._verdict(document) for document in documents]
 

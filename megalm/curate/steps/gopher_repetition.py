@@ -73,6 +73,9 @@ class GopherRepetition(Step):
     Settings: ClassVar[type[Config]] = GopherRepetitionSettings
     settings: GopherRepetitionSettings
 
+    def prepare(self) -> None:
+        self.apply([Document("first", "Some words to begin with.")])
+
     def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
         return [self._verdict(document) for document in documents]
 

@@ -79,6 +79,9 @@ class NearDuplicates(Merging):
         _minima((every >> np.uint64(32)).astype(np.uint32), begins, ends, self._factors, self._addends, out)
         return out
 
+    def prepare(self) -> None:
+        self.sketch([Document("first", "Some words to begin with.")])
+
     def sketch(self, documents: Sequence[Document]) -> bytes:
         records = np.empty(len(documents), dtype=self._sketch)
         signatures = self.signatures([document.text for document in documents])
