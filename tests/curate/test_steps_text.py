@@ -12,6 +12,7 @@ import pytest
 
 from megalm.curate.document import Document, Rejection
 from megalm.curate.step import Merging, Step
+from megalm.curate.steps.compiled import compiled
 from megalm.curate.steps.lists import host_of
 from megalm.curate.steps.quality_classifier import HashedNgrams, train
 from megalm.curate.steps.registry import KINDS, step_class
@@ -375,6 +376,7 @@ def test_no_text_however_odd_stops_a_step(kind, tmp_path):
     elif kind == "sample":
         settings = {"share": 0.5}
     step = build(kind, **settings)
+    step.prepare()
     documents = [Document(f"odd-{number}\ud800", text) for number, text in enumerate(ODD)]
     if isinstance(step, Merging):
         (tmp_path / "sketch").write_bytes(step.sketch(documents))
@@ -388,6 +390,16 @@ def test_no_text_however_odd_stops_a_step(kind, tmp_path):
         measured = step.measure(document)
         assert all(isinstance(value, float | int) and value == value for value in measured.values())
     assert step.apply([]) == []
+
+
+def test_loops_compile_where_nothing_can_be_kept(monkeypatch):
+    def refuse(cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda loop: loop
+
+    monkeypatch.setattr("numba.njit", refuse)
+    assert compiled(len)("abc") == 3
 
 
 def test_the_list_of_steps_costs_nothing():
