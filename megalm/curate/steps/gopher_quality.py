@@ -118,7 +118,8 @@ class GopherQuality(Step):
     def measure(self, document: Document) -> dict[str, float]:
         found = units(document.text)
         lengths = _word_lengths(found)
-        return {"words": len(found), "mean word length": float(lengths.mean()) if len(lengths) else 0.0}
+        mean = {"mean word length": float(lengths.mean())} if len(lengths) else {}  # of Chinese text there is none
+        return {"words": float(len(found)), **mean}
 
     @cached_property
     def _stop_hashes(self) -> dict[str, NDArray[np.uint64]]:
