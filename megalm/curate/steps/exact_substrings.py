@@ -216,6 +216,19 @@ def _pairs(hashes: Any, places: Any) -> Any:
 
 
 @compiled
+def _after(begins: Any, place: int) -> int:
+    """np.searchsorted(begins, place, "right"), which takes seconds to compile."""
+    low, high = 0, len(begins)
+    while low < high:
+        middle = (low + high) // 2
+        if place < begins[middle]:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@compiled
 def _extend(here: Any, there: Any, stored: Any, begins: Any, length: int) -> Any:
     """Where the later of two equal passages of at least `length` units begins and ends, within documents. Pairs are
     sorted by their distance and place, so that a passage with several anchors is walked along once."""
@@ -225,7 +238,7 @@ def _extend(here: Any, there: Any, stored: Any, begins: Any, length: int) -> Any
         a, b = here[i], there[i]
         if a - b == distance and a < reached:
             continue
-        one, other = np.searchsorted(begins, a, side="right"), np.searchsorted(begins, b, side="right")
+        one, other = _after(begins, a), _after(begins, b)
         end_a = begins[one] if one < len(begins) else len(stored)
         end_b = begins[other] if other < len(begins) else len(stored)
         low = min(a - begins[one - 1], b - begins[other - 1])
