@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megalm.curate.document import Document
 from megalm.curate.steps.extract_html import ExtractHtml, ExtractHtmlSettings
+from megalm.curate.web import decode_page
 from megalm.errors import MegalmError, main_guard
 
 ASKED = 0.95
@@ -43,7 +44,7 @@ def main() -> int:
         }
         precision, recall = (statistics.mean(column) for column in zip(*rows.values()))
         best = harmonic(precision, recall)
-        megabytes = sum(len(page.encode("utf-8", "surrogateescape")) for page in pages.values()) / 1e6
+        megabytes = sum(len(page.encode()) for page in pages.values()) / 1e6
         print(
             f"{mode:5} {len(pages)} pages: F1 {best:.4f}, precision {precision:.4f}, recall {recall:.4f}, "
             f"{megabytes / seconds:.1f} MB of HTML a second of one core"
@@ -56,7 +57,7 @@ def main() -> int:
 
 
 def read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Pages, with their bytes kept, and their articles."""
+    """Pages, decoded as a reader does, and their articles."""
     try:
         truth = json.loads((folder / "ground-truth.json").read_text(encoding="utf-8"))
     except OSError as error:
@@ -64,7 +65,7 @@ def read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     base = folder / "html" if (folder / "html").is_dir() else folder
     pages = {name: gzip.decompress((base / f"{name}.html.gz").read_bytes()) for name in truth}
     return (
-        {name: page.decode("utf-8", "surrogateescape") for name, page in pages.items()},
+        {name: decode_page(page)[0] for name, page in pages.items()},
         {name: row.get("articleBody", "") for name, row in truth.items()},
     )
 

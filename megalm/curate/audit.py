@@ -242,7 +242,7 @@ def summary(
 ) -> dict[str, Any]:
     """What audit.json holds. merges: of merging steps, by index, what they had to say. files: of the plan."""
     kinds = [step["kind"] for step in recipe["steps"]]
-    steps = []
+    steps: list[dict[str, Any]] = []
     tokens: int | None = None
     documents = sum(source.documents for source in tally.sources.values())
     for index, kind in enumerate(kinds):
@@ -271,6 +271,11 @@ def summary(
                 "merge": merges.get(index),
             }
         )
+    written = tally.tokens if recipe["output"]["shards"] and not recipe["audit"]["tokenizer"] else None
+    if written and tokens and _complete(steps, tally):  # what is written was counted: the estimates are brought to it
+        for each in steps:
+            for key in ("tokens_in", "tokens_out"):
+                each[key] = round(each[key] * written / tokens)
     return {
         "name": recipe["name"],
         "sources": {name: _plain(source) for name, source in sorted(tally.sources.items())},
@@ -291,6 +296,12 @@ def summary(
         },
         "seconds": {name: round(seconds, 3) for name, seconds in sorted(tally.seconds.items())},
     }
+
+
+def _complete(steps: Sequence[Mapping[str, Any]], tally: Tally) -> bool:
+    """Whether every step has seen all that the one before let go on."""
+    passed = [*(step["documents_in"] for step in steps[1:]), tally.documents]
+    return passed == [step["documents_out"] for step in steps]
 
 
 def _tokens_out(step: StepTally, tokens_in: int | None) -> int | None:

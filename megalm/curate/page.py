@@ -25,12 +25,18 @@ def draw(report: Mapping[str, Any]) -> str:
         malformed=sum(sum(source["malformed"].values()) for source in report["sources"].values()),
         funnel=funnel(report),
         lengths=lengths[0] if lengths else None,
-        charts=[_charts(step["measures"]) for step in report["steps"]],
+        charts=[_charts(_telling(step)) for step in report["steps"]],
         bars=bars,
         merge_tables=merge_tables,
         count=count,
         share=share,
     )
+
+
+def _telling(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A step's measures, without the lengths of texts that it let pass as they were: the step before shows them."""
+    idle = not step["reasons"] and not step["changed"]
+    return {name: measure for name, measure in step["measures"].items() if not (idle and name == "characters")}
 
 
 def _charts(measures: Mapping[str, Any], kept: str = "kept", removed: str = "removed") -> list[str]:
@@ -125,8 +131,9 @@ def histogram(name: str, measure: Mapping[str, Any], kept: str = "kept", removed
     step = width / len(sums)
     parts = [_text(0, 13, _short(name, 44), INK, weight="600", title=name)]
     parts += [_bar(left, 20, 10, 10, KEPT, kept), _text(left + 14, 29, kept, MUTED, size=11)]
-    parts += [_bar(left + 70, 20, 10, 10, REMOVED if stacked else PALE, removed)]
-    parts += [_text(left + 84, 29, removed, MUTED, size=11)]
+    if any(back for _, back in sums):
+        parts += [_bar(left + 70, 20, 10, 10, REMOVED if stacked else PALE, removed)]
+        parts += [_text(left + 84, 29, removed, MUTED, size=11)]
     for share_of in (0.5, 1.0):
         y = top + height * (1 - share_of)
         parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="{GRID}"/>')
@@ -302,7 +309,7 @@ details { margin: .5em 0; } summary { cursor: pointer; color: #0072B2; }
 {% endfor %}
 </table></div>
 <p class="note">Rates are those of one core; MB are millions of characters.
-{% if tokens %}Tokens are estimated from a sample of the documents.{% endif %}</p>
+{% if tokens %}Tokens between the steps are estimated from a sample of the documents.{% endif %}</p>
 
 <h2>Sources</h2>
 <div class="wide"><table>
@@ -332,7 +339,7 @@ details { margin: .5em 0; } summary { cursor: pointer; color: #0072B2; }
 {% for step in report.steps %}
 <h2 id="step-{{ step.index }}">{{ step.index }} {{ step.kind }}</h2>
 <p>{{ count(step.documents_in) }} documents in, {{ count(step.documents_out) }} out,
-{{ count(step.changed) if step.changed else "none" }} of them with another text.
+{{ count(step.changed) if step.changed else "none" }} of them changed.
 {% if step.settings %}<span class="note">Settings: {% for key, value in step.settings.items() %}<code>{{ key }}:
 {{ value }}</code>{{ ", " if not loop.last }}{% endfor %}</span>{% endif %}</p>
 {% if step.reasons %}

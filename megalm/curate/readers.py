@@ -154,7 +154,9 @@ class CodeReader(WholeFile):
         if not isinstance(text, str):
             return text
         language = LANGUAGES.get(PurePosixPath(self.file.name).suffix.lower(), "unknown")
-        return self._document(0, text, {"path": self.file.name, "programming_language": language})
+        return self._document(
+            0, text, {"content_type": "text/plain", "path": self.file.name, "programming_language": language}
+        )
 
 
 class HtmlReader(WholeFile):

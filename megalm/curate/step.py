@@ -20,6 +20,10 @@ class Step(ABC):
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
+    def prepare(self) -> None:  # noqa: B027
+        """Load models and compile loops, once in a process, before its first batch: so that the time this takes is not
+        taken for the step's rate. Of a merging step: what sketch() needs."""
+
     @abstractmethod
     def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
         """Change documents in place (text, metadata); why each is rejected, or None where it goes on."""

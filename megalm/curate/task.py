@@ -143,6 +143,7 @@ class Phase:
 
             self._counting = load(path)
         self._shard_folders = shard_folders(self.recipe)
+        self._starting: float | None = None
 
     def run(self, task: int, report: Callable[[Progress], None]) -> None:
         """Work through a task, from where its state stands.
@@ -154,6 +155,8 @@ class Phase:
         if not state.done:
             with writing(self.folder.root):
                 self._clean(task, state.chunks)
+            if self._starting is None:
+                self._starting = self._prepare()
             batches = self._batches(task, state)
             while not state.done:
                 self._chunk(task, state, batches, report)
@@ -162,6 +165,24 @@ class Phase:
         if self.number:
             for file in self._inputs(task):
                 file.unlink(missing_ok=True)
+
+    def _prepare(self) -> float:
+        """Make the steps ready; in seconds. Raises MegalmError."""
+        started = time.perf_counter()
+        working = [(index, step) for index, step in self.steps if not isinstance(step, Merging)]
+        if self.sketching is not None:
+            working.append((self.plan.phases[self.number][1], self.sketching))
+        for index, step in working:
+            try:
+                step.prepare()
+            except MegalmError:
+                raise
+            except Exception as error:
+                raise MegalmError(
+                    f"step {index} ({step.kind}) cannot start ({type(error).__name__}: {error}): mend what it needs "
+                    "and run the same command again"
+                ) from error
+        return time.perf_counter() - started
 
     def _clean(self, task: int, chunks: int) -> None:
         """Remove what a killed process left of this task beyond its `chunks` whole ones."""
@@ -270,7 +291,8 @@ class Phase:
                     seconds = self._write(outputs, batch, kept, state.tally)
                 except StepFailed as failed:
                     raise self._explained(task, batch, failed) from failed.error
-                spent = {"reading": batch.seconds, **seconds}
+                spent = {"reading": batch.seconds, "starting": self._starting or 0.0, **seconds}
+                self._starting = 0.0
                 for name, value in spent.items():
                     state.tally.seconds[name] = state.tally.seconds.get(name, 0.0) + value
                 state.place = batch.end

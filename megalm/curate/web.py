@@ -4,13 +4,20 @@ import codecs
 import importlib
 import re
 import zlib
+from collections.abc import Callable
 
-META = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE)
+DECLARATIONS = [
+    re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE),
+    re.compile(rb"""^\s*<\?xml[^>]{0,200}?encoding\s*=\s*["']([\w.:-]+)"""),
+]
 # As browsers do (WHATWG): pages that declare the smaller set use the larger one.
 WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "x-gbk": "gb18030", "iso-8859-1": "cp1252", "latin1": "cp1252"}
-WIDER |= {"ascii": "cp1252", "us-ascii": "cp1252", "shift_jis": "cp932", "euc-kr": "cp949", "big5": "big5hkscs"}
+WIDER |= {"iso8859-1": "cp1252", "ascii": "cp1252", "us-ascii": "cp1252"}
+WIDER |= {"shift_jis": "cp932", "euc-kr": "cp949", "euc_kr": "cp949", "big5": "big5hkscs"}
 MARKS = [(codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")]
-BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
+SEVEN_BITS = ("iso2022", "hz")
+"""How the names of encodings begin whose text is ASCII too."""
+BEYOND_ASCII = re.compile(r"[^\x00-\x7f\ufffd]+")
 LOOKED_AT = 4096
 """Bytes of a page in which a declaration is looked for."""
 
@@ -87,32 +94,34 @@ def _decoded(body: bytes, coding: str, largest: int) -> bytes:
 
 
 def decode_page(content: bytes, declared: str | None = None) -> tuple[str, str]:
-    """(text, encoding) of a page. declared: the charset of its HTTP header.
+    """(text, encoding) of a page, with U+FFFD for what is broken. declared: the charset of its HTTP header.
 
-    The first of these that decodes all of it: its byte-order mark, `declared`, its own declaration, UTF-8. Failing
-    these, the first of them that decodes nearly all of it, else what a detector says, with U+FFFD for what is broken.
+    By its byte-order mark; as UTF-8 if nearly all of it is; by `declared` or the page's own declaration, if nearly all
+    of it fits; else as a detector says. UTF-8 comes before what is declared: text in another encoding is hardly ever
+    UTF-8 by chance, but pages are often converted and their heads left as they were.
     """
     for mark, encoding in MARKS:
         if content.startswith(mark):
             return content.decode(encoding, "replace"), encoding.removesuffix("-sig")
-    own = META.search(content, 0, LOOKED_AT)
-    candidates = [_codec(declared), _codec(own[1].decode("latin-1")) if own else None, "utf-8"]
-    tried = list(dict.fromkeys(candidate for candidate in candidates if candidate))
-    # Any bytes are some text in a one-byte set; what is valid UTF-8 beyond ASCII is UTF-8.
-    if tried[0] == "cp1252":
-        tried = [*tried[1:], "cp1252"]
+    head = content[:LOOKED_AT]
+    found = [match[1].decode("latin-1") for pattern in DECLARATIONS if (match := pattern.search(head))]
+    codecs_declared = [codec for name in (declared, *found) if (codec := _codec(name))]
+    tried = list(dict.fromkeys([*filter(_before_utf8(head), codecs_declared), "utf-8", *codecs_declared]))
     for encoding in tried:
         try:
             return content.decode(encoding), encoding
         except UnicodeDecodeError:
-            continue
-    for encoding in tried:
-        text = content.decode(encoding, "replace")
-        beyond_ascii = sum(map(len, BEYOND_ASCII.findall(text)))
-        if text.count("\ufffd") <= 0.05 * beyond_ascii:
-            return text, encoding
-    detected = _codec(_detect(content)) or tried[0]
+            text = content.decode(encoding, "replace")
+            if text.count("\ufffd") <= 0.02 * sum(map(len, BEYOND_ASCII.findall(text))):
+                return text, encoding
+    detected = _codec(_detect(content)) or "utf-8"
     return content.decode(detected, "replace"), detected
+
+
+def _before_utf8(head: bytes) -> Callable[[str], bool]:
+    """Whether a declared encoding is tried first, since its text may be UTF-8 to the letter and yet something else."""
+    wide = b"\0" in head
+    return lambda codec: codec.startswith(SEVEN_BITS) or (wide and codec.startswith(("utf-16", "utf-32")))
 
 
 def _codec(name: str | None) -> str | None:

@@ -19,6 +19,7 @@ from megalm.config import dump
 from megalm.curate import executor, slurm
 from megalm.curate.plan import prepare
 from megalm.curate.recipe import Recipe
+from megalm.curate.step import Step
 from megalm.errors import MegalmError
 from tests.curate.conftest import STEPS, MakeRecipe
 
@@ -168,6 +169,17 @@ def test_a_full_disk_is_told_and_the_run_continues(make_recipe: MakeRecipe, whol
     assert os.waitstatus_to_exitcode(in_fork(run_with_little_space)) == 7
     executor.run(recipe, 1)
     assert contents(recipe) == contents(whole)
+
+
+def test_a_step_that_cannot_start_says_so(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(step: Step) -> None:
+        raise OSError("no model")
+
+    monkeypatch.setattr(Step, "prepare", fail)
+    with pytest.raises(MegalmError, match=r"step 0 \(long_enough\) cannot start \(OSError: no model\)"):
+        executor.run(make_recipe(), 1)
+    monkeypatch.undo()
+    executor.run(make_recipe(), 1)
 
 
 def test_a_step_that_raises_names_the_document(make_recipe: MakeRecipe, inputs: Path) -> None:

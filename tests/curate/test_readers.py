@@ -186,13 +186,32 @@ def test_text_code_and_html(tmp_path: Path) -> None:
 
 def test_encodings_of_pages() -> None:
     text = "<p>价格：一百元，数据质量。</p>" * 20
-    assert web.decode_page(text.encode("gb18030"), "gb2312") == (text, "gb18030")
-    assert web.decode_page(text.encode("utf-16")) == (text, "utf-16")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        assert web.decode_page(text.encode(encoding)) == (text, encoding.removesuffix("-sig"))
     assert web.decode_page(text.encode(), "no-such-charset") == (text, "utf-8")
-    assert web.decode_page(text.encode(), "iso-8859-1") == (text, "utf-8"), "many servers declare what is not so"
+    declared = f"<meta charset=iso-8859-1>{text}"
+    for header in ("iso-8859-1", "gb2312", "utf-16", None):
+        assert web.decode_page(declared.encode(), header) == (declared, "utf-8"), "what is UTF-8 is UTF-8"
     assert web.decode_page("café".encode("cp1252"), "iso-8859-1") == ("café", "cp1252")
-    assert web.decode_page(text.encode()[:-8], "utf-8") == (text[:-6] + "\ufffd", "utf-8"), "cut short in a character"
+    assert web.decode_page("“Größe” – 5 €".encode("cp1252"), "latin1") == ("“Größe” – 5 €", "cp1252")
+    for own in ("", "<meta charset=utf-8>", "<meta content='text/html; charset=gb2312'>"):
+        for header in ("gb2312", "GBK", "utf-8", None):
+            assert web.decode_page((own + text).encode("gbk"), header) == (own + text, "gb18030"), (own, header)
+    big5 = '<?xml version="1.0" encoding="big5"?>' + "繁體中文" * 9
+    assert web.decode_page(big5.encode("big5")) == (big5, "big5hkscs")
     assert web.decode_page(text.encode("big5hkscs", "ignore"))[1].startswith("big5"), "declared nowhere"
+    for encoding in ("iso-2022-jp", "utf-16-le"):
+        assert web.decode_page("日本語 and more".encode(encoding), encoding)[0] == "日本語 and more"
+
+
+def test_pages_that_are_broken_keep_their_encoding() -> None:
+    text = "<p>价格：一百元，数据质量。</p>" * 20
+    for header in ("utf-8", "iso-8859-1", None):
+        assert web.decode_page(text.encode()[:-8], header) == (text[:-6] + "\ufffd", "utf-8"), "cut in a character"
+    spoiled, encoding = web.decode_page(text.encode("gbk")[:300] + b"\xff\xff" + text.encode("gbk")[300:], "gbk")
+    assert encoding == "gb18030" and spoiled.replace("\ufffd", "") == text
+    for content in (bytes(range(256)), b"\xff" * 50, b"", b"\x81\x8d", "日本語です。".encode("shift_jis")):
+        assert isinstance(web.decode_page(content, "no-such-encoding")[0], str), "never fails"
 
 
 def test_http_bodies() -> None:

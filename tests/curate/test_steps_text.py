@@ -12,7 +12,7 @@ import pytest
 
 from megalm.curate.document import Document, Rejection
 from megalm.curate.step import Merging, Step
-from megalm.curate.steps.extract_html import decode
+from megalm.curate.steps.compiled import compiled
 from megalm.curate.steps.lists import host_of
 from megalm.curate.steps.quality_classifier import HashedNgrams, train
 from megalm.curate.steps.registry import KINDS, step_class
@@ -65,42 +65,30 @@ def test_the_article_is_extracted_and_the_menu_is_not(mode, paragraphs):
     assert document.metadata["title"] == "A dam"
 
 
-@pytest.mark.parametrize("stated", ["gb2312", "utf-8", None], ids=["truly", "falsely", "not at all"])
-def test_gbk_is_recognised_whatever_the_page_says(stated):
-    raw = page(CHINESE, stated or "").encode("gbk")
-    document = Document("1", raw.decode("utf-8", "surrogateescape"))
-    assert one("extract_html", document) is None
-    assert all(text in document.text for text in CHINESE)
-
-
-def test_encodings():
-    text = "".join(CHINESE)
-    assert decode(text.encode("utf-8")) == text
-    assert decode(text.encode("utf-8-sig")) == text
-    assert decode(text.encode("utf-16")) == text
-    assert decode(text.encode("gb18030"), "gbk") == text
-    assert decode(f'<?xml version="1.0" encoding="big5"?>{"繁體中文" * 9}'.encode("big5")).endswith("繁體中文")
-    assert decode("Größe und Übermut".encode("latin-1"), "iso-8859-1") == "Größe und Übermut"
-    assert decode(f"<meta charset=iso-8859-1>{text}".encode()).endswith(text), "what is UTF-8 is UTF-8"
-    cut = (text * 40).encode()[:-1]
-    assert decode(cut)[:-1] == (text * 40)[:-1], "a page that was cut off is still UTF-8"
-    assert decode("日本語のテキストです。".encode("shift_jis"), "no-such-encoding"), "never fails"
-
-
 @pytest.mark.parametrize(
     "text,expected",
     [("plain words", "not HTML"), ("<html><body><script>x()</script></body></html>", "no text in the page"),
      ("<p>" + "x" * 2_000_000, "page too large")],
 )  # fmt: skip
 def test_pages_without_text_are_left_out(text, expected):
-    assert one("extract_html", Document("1", text), max_megabytes=1.0) == expected
+    document = Document("1", text, {"content_type": "text/html"})
+    assert one("extract_html", document, max_megabytes=1.0) == expected
 
 
-def test_plain_text_may_go_on_as_it_is():
-    text = "if a < b and c > d: print('plain')\n\n<not a tag>"
-    document = Document("1", text)
-    assert one("extract_html", document, plain_text="keep") is None
+@pytest.mark.parametrize(
+    "text,metadata",
+    [
+        ("if a < b and c > d: print('plain')\n\n<not a tag>", {}),
+        ("In HTML, <b>bold</b> and <p> are tags.", {}),
+        (page(PARAGRAPHS), {"content_type": "text/plain; charset=utf-8"}),
+    ],
+    ids=["text", "text about HTML", "a page's source"],
+)
+def test_plain_text_goes_on_as_it_is_unless_told(text, metadata):
+    document = Document("1", text, metadata)
+    assert one("extract_html", document) is None
     assert document.text == text
+    assert one("extract_html", Document("1", text, metadata), plain_text="reject") == "plain text"
 
 
 def test_no_page_stops_a_task():
@@ -388,6 +376,7 @@ def test_no_text_however_odd_stops_a_step(kind, tmp_path):
     elif kind == "sample":
         settings = {"share": 0.5}
     step = build(kind, **settings)
+    step.prepare()
     documents = [Document(f"odd-{number}\ud800", text) for number, text in enumerate(ODD)]
     if isinstance(step, Merging):
         (tmp_path / "sketch").write_bytes(step.sketch(documents))
@@ -401,6 +390,16 @@ def test_no_text_however_odd_stops_a_step(kind, tmp_path):
         measured = step.measure(document)
         assert all(isinstance(value, float | int) and value == value for value in measured.values())
     assert step.apply([]) == []
+
+
+def test_loops_compile_where_nothing_can_be_kept(monkeypatch):
+    def refuse(cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda loop: loop
+
+    monkeypatch.setattr("numba.njit", refuse)
+    assert compiled(len)("abc") == 3
 
 
 def test_the_list_of_steps_costs_nothing():

@@ -44,6 +44,9 @@ class Decontaminate(Step):
     def _index(self) -> "_Index":
         return _Index.read(self.settings)
 
+    def prepare(self) -> None:
+        self.report()
+
     def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
         return [self._verdict(document) for document in documents]
 

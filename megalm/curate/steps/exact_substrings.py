@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
@@ -18,6 +17,7 @@ from pydantic import Field
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
 from megalm.curate.step import Merging
+from megalm.curate.steps.compiled import compiled
 from megalm.curate.steps.records import Groups, Verdicts, id_hash
 from megalm.curate.steps.units import Hashes, grams, units
 from megalm.errors import MegalmError
@@ -46,6 +46,9 @@ class ExactSubstrings(Merging):
     kind: ClassVar[str] = "exact_substrings"
     Settings: ClassVar[type[Config]] = ExactSubstringsSettings
     settings: ExactSubstringsSettings
+
+    def prepare(self) -> None:
+        self.sketch([Document("first", "Some words to begin with.")])
 
     def sketch(self, documents: Sequence[Document]) -> bytes:
         pieces = []
@@ -172,7 +175,7 @@ def _joined(passages: NDArray[Any]) -> list[tuple[int, int]]:
     return joined
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _winnow(values: Any, window: int) -> Any:
     """Places of the least value of every `window` values in a row, of equal ones the last; each place once."""
     places = np.empty(len(values), dtype=np.int64)
@@ -192,7 +195,7 @@ def _winnow(values: Any, window: int) -> Any:
     return places[:count]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _pairs(hashes: Any, places: Any) -> Any:
     """Places of the same hash, each with earlier ones. Sorted by hash, places ascending."""
     total, first = 0, 0
@@ -212,7 +215,20 @@ def _pairs(hashes: Any, places: Any) -> Any:
     return here, there
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
+def _after(begins: Any, place: int) -> int:
+    """np.searchsorted(begins, place, "right"), which takes seconds to compile."""
+    low, high = 0, len(begins)
+    while low < high:
+        middle = (low + high) // 2
+        if place < begins[middle]:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+@compiled
 def _extend(here: Any, there: Any, stored: Any, begins: Any, length: int) -> Any:
     """Where the later of two equal passages of at least `length` units begins and ends, within documents. Pairs are
     sorted by their distance and place, so that a passage with several anchors is walked along once."""
@@ -222,7 +238,7 @@ def _extend(here: Any, there: Any, stored: Any, begins: Any, length: int) -> Any
         a, b = here[i], there[i]
         if a - b == distance and a < reached:
             continue
-        one, other = np.searchsorted(begins, a, side="right"), np.searchsorted(begins, b, side="right")
+        one, other = _after(begins, a), _after(begins, b)
         end_a = begins[one] if one < len(begins) else len(stored)
         end_b = begins[other] if other < len(begins) else len(stored)
         low = min(a - begins[one - 1], b - begins[other - 1])

@@ -79,6 +79,9 @@ class FineWeb(Step):
     Settings: ClassVar[type[Config]] = FineWebSettings
     settings: FineWebSettings
 
+    def prepare(self) -> None:
+        self.apply([Document("first", "Some words to begin with.")])
+
     def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
         return [self._verdict(document) for document in documents]
 

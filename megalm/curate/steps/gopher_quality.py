@@ -109,13 +109,17 @@ class GopherQuality(Step):
     Settings: ClassVar[type[Config]] = GopherQualitySettings
     settings: GopherQualitySettings
 
+    def prepare(self) -> None:
+        self.apply([Document("first", "Some words to begin with.")])
+
     def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
         return [self._verdict(document) for document in documents]
 
     def measure(self, document: Document) -> dict[str, float]:
         found = units(document.text)
         lengths = _word_lengths(found)
-        return {"words": len(found), "mean word length": float(lengths.mean()) if len(lengths) else 0.0}
+        mean = {"mean word length": float(lengths.mean())} if len(lengths) else {}  # of Chinese text there is none
+        return {"words": float(len(found)), **mean}
 
     @cached_property
     def _stop_hashes(self) -> dict[str, NDArray[np.uint64]]:

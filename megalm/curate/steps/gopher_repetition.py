@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
@@ -12,6 +11,7 @@ from pydantic import Field
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
 from megalm.curate.step import Step
+from megalm.curate.steps.compiled import compiled
 from megalm.curate.steps.profiles import ProfileSetting, thresholds
 from megalm.curate.steps.units import _MIX, _PRIME, _SHIFT, units
 
@@ -72,6 +72,9 @@ class GopherRepetition(Step):
     kind: ClassVar[str] = "gopher_repetition"
     Settings: ClassVar[type[Config]] = GopherRepetitionSettings
     settings: GopherRepetitionSettings
+
+    def prepare(self) -> None:
+        self.apply([Document("first", "Some words to begin with.")])
 
     def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
         return [self._verdict(document) for document in documents]
@@ -141,7 +144,7 @@ def repetition(hashes: Any, starts: Any, ends: Any, wanted: Any) -> tuple[NDArra
     return tops, repeats
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _count(hashes: Any, starts: Any, ends: Any, wanted: Any, tops: Any, repeats: Any) -> None:
     size = 1
     while size < 2 * len(hashes):

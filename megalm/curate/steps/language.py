@@ -36,6 +36,9 @@ class Language(Step):
     Settings: ClassVar[type[Config]] = LanguageSettings
     settings: LanguageSettings
 
+    def prepare(self) -> None:
+        identify("Some words to begin with.")
+
     def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
         return [self._verdict(document) for document in documents]
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
@@ -21,6 +20,7 @@ from pydantic import Field
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
 from megalm.curate.step import Merging
+from megalm.curate.steps.compiled import compiled
 from megalm.curate.steps.records import Groups, Verdicts, check_whole, id_hash, read
 from megalm.curate.steps.units import grams, units
 
@@ -78,6 +78,9 @@ class NearDuplicates(Merging):
         out = np.empty((len(texts), len(self._factors)), dtype=np.uint32)
         _minima((every >> np.uint64(32)).astype(np.uint32), begins, ends, self._factors, self._addends, out)
         return out
+
+    def prepare(self) -> None:
+        self.sketch([Document("first", "Some words to begin with.")])
 
     def sketch(self, documents: Sequence[Document]) -> bytes:
         records = np.empty(len(documents), dtype=self._sketch)
@@ -151,7 +154,7 @@ class NearDuplicates(Merging):
         return answers
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _minima(shingles: Any, begins: Any, ends: Any, factors: Any, addends: Any, out: Any) -> None:
     """The least value of each hash function factor * x + addend mod 2^32 over each text's shingles. x is well mixed, so
     that an odd factor and the high bits, which decide what is least, make a good family."""
@@ -177,7 +180,7 @@ def _band_keys(values: NDArray[np.uint32]) -> NDArray[np.uint64]:
     return keys ^ (keys >> np.uint64(32))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _root(parents: Any, row: int) -> int:
     while parents[row] != row:
         parents[row] = parents[parents[row]]  # path halving
@@ -185,7 +188,7 @@ def _root(parents: Any, row: int) -> int:
     return row
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _unite(parents: Any, keys: Any, rows: Any) -> None:
     """Rows that follow each other with the same key are one cluster; its root is its first row."""
     for i in range(1, len(keys)):
@@ -197,7 +200,7 @@ def _unite(parents: Any, keys: Any, rows: Any) -> None:
                 parents[a] = b
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _clusters(parents: Any, priorities: Any, sizes: Any, best: Any) -> None:
     """sizes and best at each cluster's root; of equally good rows the first is the best. Afterwards parents are
     roots."""

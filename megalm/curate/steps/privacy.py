@@ -41,6 +41,9 @@ class Privacy(Step):
     Settings: ClassVar[type[Config]] = PrivacySettings
     settings: PrivacySettings
 
+    def prepare(self) -> None:
+        self.apply([Document("first", "Some words to begin with.")])
+
     def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
         return [self._replace(document) for document in documents]
 

@@ -42,6 +42,9 @@ class RepairUnicode(Step):
     Settings: ClassVar[type[Config]] = RepairUnicodeSettings
     settings: RepairUnicodeSettings
 
+    def prepare(self) -> None:
+        self.apply([Document("first", "Some words to begin with.")])
+
     def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
         return [self._repair(document) for document in documents]
 

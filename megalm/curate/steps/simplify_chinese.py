@@ -28,6 +28,9 @@ class SimplifyChinese(Step):
     Settings: ClassVar[type[Config]] = SimplifyChineseSettings
     settings: SimplifyChineseSettings
 
+    def prepare(self) -> None:
+        self.apply([Document("first", "開始")])
+
     def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
         target = "zh-hans" if self.settings.words == "none" else "zh-cn"
         for document in documents:

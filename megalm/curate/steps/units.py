@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from megalm.curate.steps.compiled import compiled
 
 Codes = NDArray[np.uint32]
 Hashes = NDArray[np.uint64]
@@ -21,7 +22,7 @@ SPACE, MARK, DIGIT, LETTER, CJK = range(5)
 """Classes of characters. MARK: punctuation, symbols, controls."""
 
 HAN = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_CJK = re.compile(f"[{HAN}\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\uff66-\uff9f]")  # and kana: no spaces between words
+_CJK = re.compile(f"[{HAN}\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\uff66-\uff9f]+")  # and kana: no spaces between words
 _APOSTROPHES = np.array([0x27, 0x2019], dtype=np.uint32)
 
 
@@ -30,12 +31,13 @@ def classes() -> NDArray[np.uint8]:
     """The class of every code point."""
     table = np.full(0x110000, MARK, dtype=np.uint8)
     every = "".join(map(chr, range(0x110000)))
-    for pattern, kind in ((r"\s", SPACE), (r"\w", LETTER), (r"\d", DIGIT), (_CJK, CJK)):
+    for pattern, kind in ((r"\s+", SPACE), (r"\w+", LETTER), (r"\d+", DIGIT), (_CJK, CJK)):
         for match in re.finditer(pattern, every):
-            table[match.start()] = kind
+            table[match.start() : match.end()] = kind
     # Vowel signs belong to the words of Indic scripts, Thai and Arabic; Python's \w does not have them.
-    for code in (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0)):
-        if table[code] == MARK and unicodedata.category(chr(code))[0] == "M":
+    marks = np.flatnonzero(table == MARK)
+    for code in marks[((marks >= 0x300) & (marks < 0x20000)) | ((marks >= 0xE0100) & (marks < 0xE01F0))].tolist():
+        if unicodedata.category(chr(code))[0] == "M":
             table[code] = LETTER
     table[ord("_")] = MARK
     return table
@@ -83,7 +85,7 @@ _SHIFT = np.uint64(29)
 _SEED = np.uint64(0x2545F4914F6CDD1D)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _scan(codes: Any, of: Any, apostrophes: Any, starts: Any, ends: Any, hashes: Any) -> tuple[int, int]:
     count, symbols, marks, held = 0, 0, False, False
     i, n = 0, len(codes)
