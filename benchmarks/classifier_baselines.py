@@ -91,7 +91,10 @@ def bag_of_words(
     texts = [text for text, _ in train]
     spaced = sum(text.count(" ") for text in texts) > 0.1 * sum(map(len, texts))
     features = TfidfVectorizer(
-        analyzer="word" if spaced else "char", ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b" if spaced else None
+        analyzer="word" if spaced else "char",
+        ngram_range=(1, 2),
+        sublinear_tf=True,
+        token_pattern=r"(?u)\b\w+\b" if spaced else None,
     )
     model = make_pipeline(features, LogisticRegression(C=10.0, max_iter=2000))
     model.fit(texts, [labels.index(label) for _, label in train])

@@ -128,7 +128,10 @@ def vectors(texts: Sequence[str]) -> Any:
 
     spaced = sum(text.count(" ") for text in texts) > 0.1 * sum(map(len, texts))
     return TfidfVectorizer(
-        analyzer="word" if spaced else "char", ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b" if spaced else None
+        analyzer="word" if spaced else "char",
+        ngram_range=(1, 2),
+        sublinear_tf=True,
+        token_pattern=r"(?u)\b\w+\b" if spaced else None,
     )
 
 
