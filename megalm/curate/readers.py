@@ -69,6 +69,8 @@ class Reader(ABC):
         Raises MegalmError if a remote storage fails: its files would be there the next time.
         """
         position = self.file.start if start is None else start
+        if position == warc.END:
+            return
         try:
             self._raw = open_binary(self.file.path)
             with self._raw:
@@ -82,7 +84,7 @@ class Reader(ABC):
                 ) from error
             missing = isinstance(error, OSError) and error.errno is not None
             reason = "a file that cannot be opened or read" if missing else "a file that is damaged or cut short"
-            yield Malformed(self._id(position), reason, str(error)), position
+            yield Malformed(self._id(position), reason, str(error)), warc.END
         self.bytes_read = self.file.size
 
     @abstractmethod
@@ -243,11 +245,11 @@ class ParquetReader(JsonlReader):
         try:
             table = parquet.ParquetFile(raw)
         except (arrow.ArrowException, ValueError) as error:
-            yield self._malformed(start, "a file that is damaged or cut short", str(error)), start
+            yield self._malformed(start, "a file that is damaged or cut short", str(error)), warc.END
             return
         if self.source.text_field not in table.schema_arrow.names:
             detail = f"its columns: {', '.join(table.schema_arrow.names)}"
-            yield self._malformed(start, f"no column {self.source.text_field}", detail), start
+            yield self._malformed(start, f"no column {self.source.text_field}", detail), warc.END
             return
         first = 0
         for group in range(table.num_row_groups):

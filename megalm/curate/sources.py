@@ -115,7 +115,9 @@ def list_files(source: Source, key: str) -> tuple[list[File], Counter[str]]:
     found: dict[str, int] = {}
     for path in [source.path] if isinstance(source.path, str) else source.path:
         before = len(found)
-        found.update(_find(path, source, key, left_out))
+        # One file under two spellings of its path would be two documents of one id.
+        each = _find(path, source, key, left_out)
+        found.update((name if is_url(name) else os.path.normpath(name), size) for name, size in each)
         if len(found) == before:
             more = f" ({dict(left_out)})" if left_out else ""
             raise MegalmError(f"{key}.path {path} names no file that can be read{more}: correct the path or the format")

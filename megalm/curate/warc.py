@@ -15,6 +15,9 @@ import zstandard
 
 from megalm.data.corpus import decompressed
 
+END = 2**62
+"""The position behind a file whose rest cannot be read: who goes on there reads, and counts, nothing again."""
+
 BLOCK = 1 << 16
 MAGIC = b"\x1f\x8b\x08"
 VERSION = b"WARC/"
@@ -206,7 +209,7 @@ def _stream(stream: BinaryIO, start: int, largest: int) -> Iterator[WarcRecord]:
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        yield WarcRecord(position, position, {}, None, "damaged or cut short", str(error).encode())
+        yield WarcRecord(position, END, {}, None, "damaged or cut short", str(error).encode())
 
 
 def pass_over(stream: BinaryIO, count: int) -> int:

@@ -15,6 +15,9 @@ WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "x-gbk": "gb18030", "iso-8859-1"
 WIDER |= {"iso8859-1": "cp1252", "ascii": "cp1252", "us-ascii": "cp1252"}
 WIDER |= {"shift_jis": "cp932", "euc-kr": "cp949", "euc_kr": "cp949", "big5": "big5hkscs"}
 MARKS = [(codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")]
+NOT_OF_PAGES = {"undefined", "idna", "punycode", "utf-7"}
+NOT_OF_PAGES |= {"unicode-escape", "unicode_escape", "raw-unicode-escape", "raw_unicode_escape"}
+"""Codecs of Python's that raise, or give what is no text, whatever a page says."""
 SEVEN_BITS = ("iso2022", "hz")
 """How the names of encodings begin whose text is ASCII too."""
 BEYOND_ASCII = re.compile(r"[^\x00-\x7f\ufffd]+")
@@ -82,8 +85,13 @@ def _decoded(body: bytes, coding: str, largest: int) -> bytes:
         if coding == "br":
             if re.match(rb"\s*<", body):
                 return body
-            decompressed: bytes = importlib.import_module("brotli").decompress(body)
-            return decompressed
+            decoder = importlib.import_module("brotli").Decompressor()
+            plain: bytes = decoder.process(body, output_buffer_limit=largest + 1)  # a small body may hold gigabytes
+            if len(plain) > largest:
+                raise NotHttp("too large")
+            if not decoder.is_finished():
+                raise NotHttp("a body that does not decompress")
+            return plain
     except ImportError:
         raise NotHttp("a body compressed by brotli, which is not installed") from None
     except NotHttp:
@@ -133,7 +141,8 @@ def _codec(name: str | None) -> str | None:
         codec = codecs.lookup(WIDER.get(name, name))
     except (LookupError, ValueError):
         return None
-    return WIDER.get(codec.name, codec.name) if getattr(codec, "_is_text_encoding", True) else None
+    text = getattr(codec, "_is_text_encoding", True) and codec.name not in NOT_OF_PAGES
+    return WIDER.get(codec.name, codec.name) if text else None
 
 
 def _detect(content: bytes) -> str | None:

@@ -128,6 +128,10 @@ def test_a_truncated_file_gives_what_it_has(tmp_path: Path, suffix: str) -> None
     found = read(path)
     assert len(documents(found)) > 100
     assert reasons(found) == ["a file that is damaged or cut short"]
+    given = source(path)
+    (file,), _ = list_files(given, "sources.0")
+    *_, (_, behind) = open_reader(given, file).read()
+    assert list(open_reader(given, file).read(behind)) == [], "a run that goes on there does not count it again"
 
 
 def test_a_file_that_cannot_be_read_is_put_aside(tmp_path: Path) -> None:
@@ -212,6 +216,9 @@ def test_pages_that_are_broken_keep_their_encoding() -> None:
     assert encoding == "gb18030" and spoiled.replace("\ufffd", "") == text
     for content in (bytes(range(256)), b"\xff" * 50, b"", b"\x81\x8d", "日本語です。".encode("shift_jis")):
         assert isinstance(web.decode_page(content, "no-such-encoding")[0], str), "never fails"
+    for never in ("undefined", "idna", "unicode_escape", "raw-unicode-escape", "punycode", "utf-7", "rot13"):
+        page = f"<meta charset={never}>{text}".encode("gbk")
+        assert text in web.decode_page(page, never)[0], "what no page is in"
 
 
 def test_http_bodies() -> None:
@@ -229,6 +236,8 @@ def test_http_bodies() -> None:
     brotli = pytest.importorskip("brotli")
     message = b"HTTP/1.1 200 OK\r\nContent-Encoding: br\r\n\r\n" + brotli.compress(page)
     assert web.parse_http(message, 10**6)[2] == page
+    with pytest.raises(web.NotHttp, match="too large"):
+        web.parse_http(b"HTTP/1.1 200 OK\nContent-Encoding: br\n\n" + brotli.compress(bytes(2 * 10**6)), 10**6)
     plain = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n<p>not chunked</p>"
     assert web.parse_http(plain, 10**6)[2] == b"<p>not chunked</p>"
     for body, reason in [(gzip.compress(bytes(2 * 10**6)), "too large"), (b"\x1f\x8bxx", "does not decompress")]:

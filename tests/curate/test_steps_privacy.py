@@ -1,6 +1,7 @@
 """Planted identifiers in English and Chinese text, numbers that are none, and python-stdnum's verdicts on checksums."""
 
 import random
+import time
 
 import pytest
 
@@ -48,6 +49,28 @@ def test_planted_identifiers_are_found_whole_in_english_and_chinese(kind):
         if replaced(text) != around.format(f"<{kind}>")
     ]
     assert not missed
+
+
+def test_identifiers_that_stand_beside_others_are_found():
+    for text, expected in [
+        ("6222021001116245702 13800138000", "<BANK_CARD> <PHONE>"),
+        ("card 4111111111111111 12/27", "card <BANK_CARD> 12/27"),
+        ("卡号6222021001116245702 2025年", "卡号<BANK_CARD> 2025年"),
+        ("zhangsan@qq.com 13912345678", "<EMAIL> <PHONE>"),
+        ("学号2019012345 张三 13912345678", "学号2019012345 张三 <PHONE>"),
+        ("13912345678张伟", "<PHONE>张伟"),
+        ("zhang@example.com-市场部", "<EMAIL>-市场部"),
+        ("dev 8.218.33.200", "dev <IP>"),
+    ]:
+        assert replaced(text) == expected
+
+
+def test_long_texts_of_nothing_but_candidates_take_no_squares():
+    """A second where they did take many minutes."""
+    began = time.process_time()
+    for text in ("sk-" * 20_000, "token" * 12_000 + "=" + "a" * 30, " ".join(["13912345678"] * 5_000)):
+        replaced(text)
+    assert time.process_time() - began < 20
 
 
 NUMBERS = """

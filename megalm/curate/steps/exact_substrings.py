@@ -26,6 +26,7 @@ _HEADER = np.dtype([("id", "<u8"), ("units", "<u4"), ("anchors", "<u4")])
 _ANCHOR = np.dtype([("hash", "<u8"), ("place", "<u8")])
 _PAIR = np.dtype([("key", "<u8"), ("here", "<i8"), ("there", "<i8")])
 _VERDICT = np.dtype([("id", "<u8"), ("begin", "<u4"), ("end", "<u4")])
+_WALKED = 4096  # units along which a pair is followed at once: on runs of one unit, more would take squares
 _COMPARED = 16  # of the earlier places of an anchor, the first ones and the last ones
 
 
@@ -208,10 +209,10 @@ def _pairs(hashes: Any, places: Any) -> Any:
     for i in range(len(hashes)):
         if hashes[i] != hashes[first]:
             first = i
-        for j in range(first, i):
-            if j < first + _COMPARED or j >= i - _COMPARED:
-                here[count], there[count] = places[i], places[j]
-                count += 1
+        some = min(i - first, 2 * _COMPARED)
+        for k in range(some):
+            here[count], there[count] = places[i], places[first + k if k < _COMPARED else i - some + k]
+            count += 1
     return here, there
 
 
@@ -243,12 +244,12 @@ def _extend(here: Any, there: Any, stored: Any, begins: Any, length: int) -> Any
         end_b = begins[other] if other < len(begins) else len(stored)
         low = min(a - begins[one - 1], b - begins[other - 1])
         back = 0
-        while back < low and stored[a - back - 1] == stored[b - back - 1]:
+        while back < low and back < _WALKED and stored[a - back - 1] == stored[b - back - 1]:
             back += 1
         ahead = 0
-        while a + ahead < end_a and b + ahead < end_b and stored[a + ahead] == stored[b + ahead]:
+        while ahead < _WALKED and a + ahead < end_a and b + ahead < end_b and stored[a + ahead] == stored[b + ahead]:
             ahead += 1
-        distance, reached = a - b, a + ahead
+        distance, reached = a - b, a + ahead - (length if ahead == _WALKED else 0)
         if back + ahead >= length:
             first[count], last[count] = a - back, a + ahead
             count += 1

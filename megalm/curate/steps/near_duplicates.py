@@ -9,6 +9,7 @@ Shingles are of characters in Chinese and Japanese, of words elsewhere: words th
 after a small edit.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -98,7 +99,7 @@ class NearDuplicates(Merging):
         if self.settings.keep == "first":
             return 0.0
         value = document.metadata.get(self.settings.keep)
-        return float(value) if isinstance(value, int | float) else float("-inf")
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else float("-inf")
 
     def merge(self, sketches: Iterable[Path], verdicts: Path) -> dict[str, Any]:
         paths, memory = list(sketches), int(self.settings.memory_mb * 2**20)

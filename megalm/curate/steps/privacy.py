@@ -81,14 +81,12 @@ def find(text: str, kinds: Sequence[Kind], private_ips: bool = False) -> list[Fo
     found: list[Found] = []
     for begin, end in _places(plain):
         taken: list[Found] = []
+        busy = bytearray(end - begin)
         for kind in _ORDER:
             if kind in kinds:
                 for start, stop in _FINDERS[kind](plain, begin, end + _AHEAD, private_ips):
-                    if (
-                        start < end
-                        and stop <= end
-                        and not any(start < other.end and other.start < stop for other in taken)
-                    ):
+                    if stop <= end and not any(busy[start - begin : stop - begin]):
+                        busy[start - begin : stop - begin] = b"\1" * (stop - start)
                         taken.append(Found(start, stop, kind))
         found += sorted(taken)
     return found
@@ -102,7 +100,7 @@ _FULL_WIDTH = str.maketrans("０１２３４５６７８９＠．－Ｘ", "01234
 # Where anything could be. Each alternative is at least as wide as what is looked for there.
 _CANDIDATE = re2.compile(
     rb"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|\n\s*\n|\z)"
-    rb"|(?i:secret|passw|token|api.?key)[A-Za-z0-9_\-]*[\"']?\s{0,3}[:=]>?\s{0,3}[\"']?[A-Za-z0-9/+_=.\-]{16,}"
+    rb"|(?i:secret|passw|token|api.?key)[A-Za-z0-9_\-]{0,64}[\"']?\s{0,3}[:=]>?\s{0,3}[\"']?[A-Za-z0-9/+_=.\-]{16,}"
     rb"|[A-Za-z0-9_\-]*(?:AKIA|ASIA|gh[pousr]_|github_pat_|eyJ|sk[-_]|xox[abeprs]-|AIza|glpat-|hf_)[A-Za-z0-9_\-.]{12,}"
     rb"|[A-Za-z0-9._%+\-']*[A-Za-z0-9_%+\-]@[A-Za-z0-9.\-]+"
     rb"|[0-9A-Fa-f]{0,4}:(?:[0-9A-Fa-f]{0,4}:)+[0-9A-Fa-f]{0,4}(?:[0-9.]*)"
@@ -138,7 +136,7 @@ _KEY = re.compile(
     r"|(?<![A-Za-z0-9])gh[pousr]_[A-Za-z0-9]{36,255}(?![A-Za-z0-9])"
     r"|(?<![A-Za-z0-9])github_pat_[A-Za-z0-9_]{22,255}(?![A-Za-z0-9])"
     r"|(?<![A-Za-z0-9])eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"
-    r"|(?<![A-Za-z0-9])sk-(?:[a-z]+-)*(?=[A-Za-z0-9_-]*\d)(?=[A-Za-z0-9_-]*[A-Z])[A-Za-z0-9_-]{20,}"
+    r"|(?<![A-Za-z0-9_-])sk-(?:[a-z]+-){0,3}(?=[A-Za-z0-9_-]{0,200}\d)(?=[A-Za-z0-9_-]{0,200}[A-Z])[A-Za-z0-9_-]{20,}"
     r"|(?<![A-Za-z0-9])[sr]k_live_[A-Za-z0-9]{20,}"
     r"|(?<![A-Za-z0-9])xox[abeprs]-(?=[A-Za-z0-9-]*\d)[A-Za-z0-9-]{16,}"
     r"|(?<![A-Za-z0-9])AIza[0-9A-Za-z_-]{35}(?![A-Za-z0-9])"
@@ -148,7 +146,7 @@ _KEY = re.compile(
 )
 # A value that is called a secret: long, without spaces, with digits and letters of both kinds.
 _SECRET = re.compile(
-    r"(?i:secret|passw|token|api.?key)[A-Za-z0-9_\-]*[\"']?\s{0,3}[:=]>?\s{0,3}[\"']?"
+    r"(?i:secret|passw|token|api.?key)[A-Za-z0-9_\-]{0,64}[\"']?\s{0,3}[:=]>?\s{0,3}[\"']?"
     r"(?=[A-Za-z0-9/+_=.\-]*[0-9])(?=[A-Za-z0-9/+_=.\-]*[a-z])(?=[A-Za-z0-9/+_=.\-]*[A-Z])([A-Za-z0-9/+_=\-]{20,})"
 )
 
@@ -161,7 +159,7 @@ def _keys(text: str, begin: int, end: int, _: bool) -> Iterator[tuple[int, int]]
 # RFC 5321's lengths; the local part is ASCII, so that it does not begin in the Chinese before it.
 _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9_%+-](?:[A-Za-z0-9._%+'-]{0,62}[A-Za-z0-9_%+-])?"
-    r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9-])"
+    r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9]|-[A-Za-z0-9])"
 )
 _FILES = {"png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "ts"}  # image@2x.png
 
@@ -177,7 +175,7 @@ _IPV4 = re.compile(
 )
 _IPV6 = re.compile(r"(?<![0-9A-Za-z:.])[0-9A-Fa-f]{0,4}:(?:[0-9A-Fa-f]{0,4}:)+[0-9A-Fa-f]{0,4}(?![0-9A-Za-z:])")
 _VERSION = re.compile(
-    r"(?i)(?:version|ver\.?|release|build|v|版本|版本号|升级到|更新到|第|chapter|section|§)[\s:：是为]{0,2}$"
+    r"(?i)(?:version|ver\.?|release|build|(?<![a-z])v|版本|版本号|升级到|更新到|第|chapter|section|§)[\s:：是为]{0,2}$"
 )
 _ADDRESS = re.compile(
     r"(?i)(?<![a-z])(?:ip|ipv4|addr|address|host|server|dns|ping|gateway|proxy|netmask|subnet|login|from)|地址|服务器|主机|网关|登录|代理"
@@ -234,10 +232,10 @@ def id_card(number: str) -> bool:
     ) % 11] != number[17].upper():  # fmt: skip
         return False
     try:
-        born = datetime.date(int(number[6:10]), int(number[10:12]), int(number[12:14]))
+        datetime.date(int(number[6:10]), int(number[10:12]), int(number[12:14]))
     except ValueError:
         return False
-    return born <= datetime.date.today()
+    return True
 
 
 def _id_cards(text: str, begin: int, end: int, _: bool) -> Iterator[tuple[int, int]]:
@@ -247,8 +245,9 @@ def _id_cards(text: str, begin: int, end: int, _: bool) -> Iterator[tuple[int, i
 
 
 _BANK_CARD = re.compile(
-    r"(?<![0-9A-Za-z._])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{1,4}(?:\1?\d{1,3})?|\d{4}[ -]\d{6}[ -]\d{5}|\d{14,19})"
-    r"(?!\d|[.](?:\d|jpe?g|png|gif|webp|html?|pdf|mp4|php)|[ -]\d{2}|[A-Za-z_])"
+    r"(?<![0-9A-Za-z._])(?:\d{4}([ -])\d{4}\1\d{4}\1\d{1,4}(?:\1?\d{1,3})?(?!\1\d{2}(?!\d{0,2}/))"
+    r"|\d{4}[ -]\d{6}[ -]\d{5}|\d{14,19})"
+    r"(?!\d|[.](?:\d|jpe?g|png|gif|webp|html?|pdf|mp4|php)|[A-Za-z_])"
 )
 # First digits and lengths (ISO/IEC 7812 issuers): UnionPay, Visa, Mastercard, American Express, Discover, JCB, Diners.
 _ISSUERS = re.compile(
@@ -260,11 +259,11 @@ _CARD_WORDS = re.compile(
 )
 _NUMBER_WORDS = re.compile(
     r"(?i)(?:订单|訂單|单号|運單|运单|流水|编号|編號|序列|学号|工号|发票|货号|条码|條碼|书号|批号|型号|文号|证书|案号|时间戳|(?<![a-z])(?:order|invoice)"
-    r"|(?<![a-z])(?:serial|tracking|isbn|issn|ean|upc|sku|doi|imei|timestamp|unix|ref(?:erence)?|ticket|receipt|transaction|no\.|№|#|id\b|uid|qq"
-    r"|http|www\.))[^\n。；;，,!！?？]{0,16}$"
+    r"|(?<![a-z@])(?:serial|tracking|isbn|issn|ean|upc|sku|doi|imei|timestamp|unix|ref(?:erence)?|ticket|receipt|transaction|no\.|№|#|id\b|uid|qq"
+    r"|http|www\.))[^\n\d。；;，,!！?？]{0,16}$"
 )
 _UNITS_AFTER = re.compile(
-    r"\s?(?:[元圆圓块角分人名位个個只件次年万萬亿億兆吨噸米克斤升步条条项字页頁户亩度倍票股篇辆台套张張%％‰℃°²³]|美元|港元|欧元|日元|公里|千米|公斤|平方|立方"
+    r"\s?(?:[元圆圓块角分人名位个個只件次年万萬亿億兆吨噸米克斤升步条条项字页頁户亩度倍票股篇辆台套%％‰℃°²³]|美元|港元|欧元|日元|公里|千米|公斤|平方|立方"
     r"|[kKMGT]?[BbWw]\b|(?:km|kg|cm|mm|ms|kWh|USD|EUR|RMB|CNY|yuan|dollars?|euros?|people|persons?|years|users|million|billion|bytes|views|times)\b)"
 )
 _CURRENCY = re.compile(r"[$¥￥€£₽₹]\s?-?$")
