@@ -79,8 +79,7 @@ def merge(plan: Plan, number: int) -> None:
     with writing(folder.parent):
         shutil.rmtree(unfinished, ignore_errors=True)
         (unfinished / "verdicts").mkdir(parents=True)
-    said = step.merge(sorted(plan.folder.sketches(number - 1).glob("*.bin")), unfinished / "verdicts")
-    with writing(folder.parent):
+        said = step.merge(sorted(plan.folder.sketches(number - 1).glob("*.bin")), unfinished / "verdicts")
         write_whole(unfinished / "summary.json", audit.dumped(said))
         unfinished.rename(folder)
         sync_folder(folder.parent)

@@ -253,19 +253,20 @@ def test_documents_with_questions_are_left_out_with_what_they_share(tmp_path):
         ),
         Document("twelve", "A train leaves the station at noon and travels at sixty miles, said he."),
         Document("whole", "We met at two in the afternoon of the same day, and never again."),
-        Document("zh", "老师问：光合作用是植物利用太阳的能量把二氧化碳变成什么？"),
+        Document("zh", "老师问：光合作用是植物利用太阳的能量把二氧化碳和水变成什么？"),
+        Document("zh words", "光合作用是植物利用太阳的能量把二氧化碳变成有机物。"),
         Document("clean", " ".join(PARAGRAPHS + CHINESE)),
         Document("empty", ""),
     ]
     verdicts = step.apply(documents)
-    assert [verdict is not None for verdict in verdicts] == [True, False, True, True, False, False]
+    assert [verdict is not None for verdict in verdicts] == [True, False, True, True, False, False, False]
     assert verdicts[0] is not None and verdicts[0].reason == "in the evaluation set eval.jsonl"
     assert verdicts[0].detail.startswith(
         "line 1, 3 overlaps: if a train leaves the station - at noon and travels at sixty"
     )
     assert verdicts[3] is not None and verdicts[3].detail.startswith("line 2, ")
     assert documents[0].metadata["overlaps"] == {str(tmp_path / "eval.jsonl"): 3}
-    assert step.report() == {str(tmp_path / "eval.jsonl"): {"texts": 6, "too short": 3, "sequences": 7 + 1 + 19}}
+    assert step.report() == {str(tmp_path / "eval.jsonl"): {"texts": 6, "too short": 3, "sequences": 7 + 1 + 11}}
 
 
 def test_decontamination_agrees_with_sets_of_words(tmp_path):

@@ -122,6 +122,7 @@ class C4(Step):
 
 _CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]|\[来源请求]|\[编辑]")
 _ENDS = (".", "?", "!", '"', "'", "。", "！", "？", "”", "’", "」", "』", "；")
+_VERSE_ENDS = ("，", "：", "、")  # half a couplet is a line
 _ELLIPSES = ("...", "…")
 _SENTENCE = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]+")
 _HAN = re.compile(f"[{HAN}]")
@@ -131,7 +132,8 @@ def _stays(line: str, lowered: str, profile: Profile, asked: C4Thresholds) -> bo
     words = line.split()
     if len(line) > asked.max_word_length and any(len(word) > asked.max_word_length for word in words):
         return False
-    if asked.only_ended_lines and (not line.endswith(_ENDS) or line.endswith(_ELLIPSES)):
+    ends = (*_ENDS, *_VERSE_ENDS) if profile == "zh" else _ENDS
+    if asked.only_ended_lines and (not line.endswith(ends) or line.endswith(_ELLIPSES)):
         return False
     if asked.min_words_per_line:
         # Where there are no spaces a character is a word.

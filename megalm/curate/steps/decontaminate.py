@@ -1,6 +1,7 @@
 """Documents that hold questions or answers of an evaluation set are left out."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import Field
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
 from megalm.curate.step import Step
-from megalm.curate.steps.units import grams, units
+from megalm.curate.steps.units import HAN, grams, units
 from megalm.errors import MegalmError
 
 
@@ -24,7 +25,8 @@ class DecontaminateSettings(Config):
     fields: list[str] = []
     """If there are any, only these fields of a line count (`question`)."""
     words: int = Field(13, ge=5)
-    """How many words in a row, or characters in Chinese, make an overlap (13: Brown et al. 2020, appendix C)."""
+    """How many words in a row make an overlap (13: Brown et al. 2020, appendix C); of characters in Chinese and
+    Japanese, of which a word has about 1.6, so many more."""
     min_words: int = Field(8, ge=4)
     """Texts of fewer than `words` count as a whole, if they have this many; shorter ones do not count, since they are
     anywhere."""
@@ -83,6 +85,7 @@ class Decontaminate(Step):
         return Rejection(f"in the evaluation set {Path(name).name}", f"line {line}, {len(hits)} overlaps: {shared}")
 
 
+_CJK = re.compile(f"[{HAN}\u3041-\u30ff]")
 _BITS = 24
 _SHIFT = np.uint64(64 - _BITS)
 
@@ -108,12 +111,15 @@ class _Index:
         for file, path in enumerate(settings.evaluations):
             told = counted[path] = {"texts": 0, "too short": 0, "sequences": 0}
             for line, text in _texts(path, settings.fields):
-                hashes = units(text.lower()).hashes
+                lowered = text.lower()
+                hashes = units(lowered).hashes
                 told["texts"] += 1
-                if len(hashes) < settings.min_words:
+                # Eight characters are the name of an institution, which many texts hold that know nothing of the set.
+                scale = 1.6 if 2 * len(_CJK.findall(lowered)) > len(hashes) else 1.0
+                if len(hashes) < round(scale * settings.min_words):
                     told["too short"] += 1
                     continue
-                width = min(settings.words, len(hashes))
+                width = min(round(scale * settings.words), len(hashes))
                 sequences = grams(hashes, width)
                 told["sequences"] += len(sequences)
                 found.setdefault(width, []).append((sequences, file << 40 | line))

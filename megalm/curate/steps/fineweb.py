@@ -65,7 +65,7 @@ class FineWebSettings(Config):
     profile: ProfileSetting = "auto"
     """Whose thresholds: auto takes those of the document's language."""
     en: FineWebThresholds = FineWebThresholds()
-    """English: the paper's."""
+    """English: those of FineWeb's code, whose share of repeated characters is a tenth of the paper's."""
     zh: ChineseFineWebThresholds = ChineseFineWebThresholds()
     """Chinese."""
     code: CodeFineWebThresholds = CodeFineWebThresholds()

@@ -20,7 +20,7 @@ from megalm.curate.document import Document
 from megalm.errors import MegalmError
 
 _ROWS = 1 << 18  # read at once
-_MOST_PARTS = 512  # files open at once
+_MOST_PARTS = 256  # files open at once, of each of two merges in one; a process may often open 1024
 
 
 def id_hash(document: Document) -> int:
