@@ -281,11 +281,6 @@ def test_verdicts_are_those_of_datatrove(kind, module, name, monkeypatch):
     assert np.mean(same) >= 0.97
 
 
-def test_good_chinese_that_looks_odd_stays():
-    for text in (
-        "五行者，金，木，水，火，土也。水曰润下，火曰炎上，木曰曲直，金曰从革，土爰稼穑。润下作咸，炎上作苦，曲直作酸，从革作辛，稼穑作甘。",
-        "“嗯，好，我这就来。不，你先等等。”他说。“对，就是这样，别急，慢慢来，我们明天再去看看，今天已经太晚了。”",
-    ):
-        assert reason("gopher_quality", text, {"language": "zh"}) in (None, "too few words"), text
+def test_a_verse_loses_no_line():
     poem = Document("1", "床前明月光，\n疑是地上霜。\n举头望明月，\n低头思故乡。", {"language": "zh"})
     assert build("c4").apply([poem]) == [None] and poem.text.count("\n") == 3

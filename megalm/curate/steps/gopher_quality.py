@@ -256,8 +256,7 @@ def _chinese(text: str, asked: GopherThresholds) -> Rejection | None:
         return Rejection("too few function words", f"{function / max(1, han):.1%}")
     stops = len(_STOP.findall(text))
     stray = _stray_marks(text) if asked.max_stray_marks is not None else 0
-    # A few are style: classical texts, lists of one-word answers, dialogue.
-    if _above(max(0, stray - 4) / max(1, stops), asked.max_stray_marks):
+    if _above(stray / max(1, stops), asked.max_stray_marks):
         return Rejection("punctuation at impossible places", f"{stray} of {stops}")
     return None
 
