@@ -43,7 +43,7 @@ class StandIn:
         self.directory, self.is_main = directory, directory is not None
         self.groups, self.sample_ids = Joined(0), [1, 0]
         train = type("Train", (), {"steps": steps, "global_batch_size": 16})
-        self.config = type("Config", (), {"train": train})
+        self.config = type("Config", (), {"train": train, "task": None})
         self.held_out = {"web": ["batches of web"], "books": ["batches of books"]}
         self.evaluated: list[str] = []
         self.engine = self
