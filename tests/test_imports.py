@@ -20,16 +20,17 @@ ALLOWED = {
     "errors": set[str](),
     "config": set[str](),
     "layout": set[str](),
+    "disk": set[str](),
     "nvidia_apex": set[str](),
     "nn": {"config", "nvidia_apex"},
     "models": {"nn", "config"},
     "parallel": {"nn", "optim", "layout", "config"},
     "tokenizer": {"config"},
-    "data": {"tokenizer", "config"},
-    "curate": {"tokenizer", "data", "config"},  # data: its shards are the output
+    "data": {"tokenizer", "config", "disk"},
+    "curate": {"tokenizer", "data", "config", "disk"},  # data: its shards are the output
     "optim": {"config", "nvidia_apex"},
     "metrics": {"config"},
-    "checkpoint": {"config"},
+    "checkpoint": {"config", "disk"},
     # nn: the factory of layers, the cache of keys; layout: which models a tensor degree can cut
     "convert": {"models", "nn", "checkpoint", "tokenizer", "config"},
     "eval": {"models", "nn", "checkpoint", "tokenizer", "layout", "config"},

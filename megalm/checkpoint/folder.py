@@ -1,6 +1,5 @@
 """RUN/checkpoints: step-N folders that are whole or absent; `latest`, which names the newest; and `best`."""
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 from megalm.checkpoint import manifest as manifests
 from megalm.checkpoint import tensors
 from megalm.checkpoint.manifest import Manifest
+from megalm.disk import sync
 from megalm.errors import MegalmError
 
 LATEST = "latest"
@@ -77,7 +77,7 @@ def set_best(directory: Path, step: int | None) -> None:
         (directory / BEST).unlink(missing_ok=True)
     elif best(directory) != (folder := directory / f"step-{step}") and (folder / manifests.NAME).exists():
         _note(directory / BEST, folder.name)
-        _sync(directory)
+        sync(directory)
 
 
 def _named(pointer: Path) -> Path | None:
@@ -228,7 +228,7 @@ def _put_in_place(partial: Path, final: Path) -> None:
     """Make a folder that is complete the newest checkpoint."""
     directory = final.parent
     for inner in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
-        _sync(inner)
+        sync(inner)
     if final.exists():
         # Only a run that went back writes a step twice; the old folder steps aside until the new one stands.
         aside = _set_aside(final)
@@ -237,14 +237,14 @@ def _put_in_place(partial: Path, final: Path) -> None:
     else:
         partial.rename(final)
     _note(directory / LATEST, final.name)
-    _sync(directory)
+    sync(directory)
 
 
 def _note(path: Path, name: str) -> None:
     """Write a checkpoint's name into a file that always holds one."""
     new = path.with_name(f".{path.name}.new")
     new.write_text(name + "\n")
-    _sync(new)
+    sync(new)
     new.replace(path)
 
 
@@ -321,15 +321,6 @@ def _other(folder: Path) -> Path | None:
         if not manifests.faults(other, manifest, manifest.files, checksums=False):
             return other
     return None
-
-
-def _sync(path: Path) -> None:
-    """Force a file or a folder's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _set_aside(folder: Path) -> Path:

@@ -25,11 +25,12 @@ from typing import Any
 from tqdm import tqdm
 
 from megalm.curate import audit
-from megalm.curate.files import sync_folder, write_whole, writing
+from megalm.curate.files import write_whole, writing
 from megalm.curate.plan import Plan, prepare
 from megalm.curate.recipe import Recipe, build
 from megalm.curate.step import Merging
 from megalm.curate.task import HEAD, Phase, Progress, State, shard_folders
+from megalm.disk import sync
 from megalm.errors import MegalmError
 
 QUIET_SECONDS = 30.0
@@ -82,7 +83,7 @@ def merge(plan: Plan, number: int) -> None:
         said = step.merge(sorted(plan.folder.sketches(number - 1).glob("*.bin")), unfinished / "verdicts")
         write_whole(unfinished / "summary.json", audit.dumped(said))
         unfinished.rename(folder)
-        sync_folder(folder.parent)
+        sync(folder.parent)
         shutil.rmtree(plan.folder.sketches(number - 1), ignore_errors=True)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import zstandard
 
 from megalm.curate.document import Document
+from megalm.disk import sync
 from megalm.errors import MegalmError
 
 PARTIAL = ".partial"
@@ -38,18 +39,9 @@ def write_whole(path: Path, content: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
-        sync_folder(path.parent)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put a folder's names on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ChunkFile:

@@ -30,7 +30,6 @@ from megalm.curate.files import (
     TableFile,
     final_record,
     read_documents,
-    sync_folder,
     write_whole,
     writing,
 )
@@ -38,6 +37,7 @@ from megalm.curate.plan import Plan
 from megalm.curate.readers import Found, Malformed, PassedOver, open_reader
 from megalm.curate.recipe import Recipe, build
 from megalm.curate.step import Merging, Step
+from megalm.disk import sync
 from megalm.errors import MegalmError
 from megalm.tokenizer.base import Tokenizer
 
@@ -460,7 +460,7 @@ class _Outputs:
         for file in self._open.values():
             file.commit()
         for folder in {file.path.parent for file in self._open.values()}:
-            sync_folder(folder)
+            sync(folder)
         self._open = {}
 
     def abandon(self) -> None:

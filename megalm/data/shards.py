@@ -33,6 +33,7 @@ import numpy as np
 
 from megalm.data import index
 from megalm.data.corpus import Document, JsonlReader, Tally
+from megalm.disk import sync
 from megalm.errors import MegalmError
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load
@@ -301,20 +302,12 @@ class ShardWriter:
             stream.write("\n")
             stream.flush()
             os.fsync(stream.fileno())
-        _sync_folder(self.folder)
+        sync(self.folder)
 
 
 def _sync(stream: BinaryIO) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -342,7 +335,7 @@ def _partial_folder(output: Path, overwrite: bool) -> Iterator[Path]:
             if output.exists():
                 output.rename(old)
             partial.rename(output)
-            _sync_folder(output.parent)
+            sync(output.parent)
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

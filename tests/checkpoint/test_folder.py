@@ -410,7 +410,7 @@ def _at(monkeypatch: pytest.MonkeyPatch, name: str, rank: int) -> None:
 
 @pytest.mark.parametrize(
     ("function", "rank"),
-    [("Path.mkdir", 0), ("not shared", 2), ("_sync", 0), ("manifests.write", 0), ("_put_in_place", 0), ("shard", 2)],
+    [("Path.mkdir", 0), ("not shared", 2), ("sync", 0), ("manifests.write", 0), ("_put_in_place", 0), ("shard", 2)],
 )
 def test_a_disk_that_fails_on_one_rank_is_an_error_on_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, rank: int
