@@ -158,6 +158,7 @@ class Rows:
         self.sets = list(sets)
         self._length = sequence_length
         self._pad_id = pad_id
+        self._fixed_length = fixed_length
         self._fixed = fixed_length or arrangement == "packed"
         self._multiple = multiple
         self._augment = augment
@@ -177,6 +178,21 @@ class Rows:
         self.facts = {"sequence_length": sequence_length, **facts}
         if self._sorted:
             self.facts["sorted_by"] = global_batch_size
+
+    def one_each(self, examples: Iterable[Example]) -> "Rows":
+        """Other examples as rows of their own, which are as long as these may be."""
+        found = ExampleSet.of(((example, 0, number) for number, example in enumerate(examples, 1)), [""])
+        return Rows(
+            [found],
+            [1.0],
+            sequence_length=self._length,
+            pad_id=self._pad_id,
+            arrangement="padded",
+            global_batch_size=self._batch,
+            facts={},
+            fixed_length=self._fixed_length,
+            multiple=self._multiple,
+        )
 
     def order(self, seed: int, shuffle: bool) -> Order:
         mixture = Mixture(self.corpora, seed, shuffle)

@@ -7,7 +7,7 @@ sample_ids, which is [batch], and the labels of some heads (nn.loss), which are 
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,10 @@ class StepResult:
     trained_tokens: int
 
 
+Keep = Callable[[Tensor, Tensor], Iterable[Any]]
+"""From logits [batch, seq, width] and a mask [batch, seq] to what is kept of each row."""
+
+
 class LossOrLogits:
     """The loss; while predictions are asked for, a keeper of what logits say in its place.
 
@@ -52,23 +56,18 @@ class LossOrLogits:
     def __init__(self, loss: LossFunction, gather: Callable[[Tensor], Tensor]):
         """gather: the whole vocabulary's logits from this tensor-parallel rank's (nn.layers.Layers.gather)."""
         self._loss = loss
-        self._gather = gather
-        self.kept: dict[int, Any] | None = None
-        """While predictions are asked for: sample id -> what came by on this rank, logits [seq, width] or an id."""
-        self.vocab_size: int | None = None
-        """If set, the likeliest of so many ids is kept instead of the logits."""
+        self.gather = gather
+        self.keep: Keep | None = None
+        """Set while predictions are asked for: what of a micro-batch's logits is kept."""
+        self.kept: dict[int, Any] = {}
+        """Sample id -> what was kept of it on this rank."""
 
     def __call__(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-        """logits: [tokens, width]. targets: (labels, weights), or (sample ids [batch], mask [batch, seq]); the mask
-        has the position of each row whose next id is asked for."""
-        if self.kept is None:
+        """logits: [tokens, width]. targets: (labels, weights), or (sample ids [batch], mask [batch, seq])."""
+        if self.keep is None:
             return self._loss(logits, targets)
         ids, mask = targets
-        if self.vocab_size is None:
-            kept = logits.float().cpu().unflatten(0, (len(ids), -1)).numpy()
-        else:
-            asked = self._gather(logits.unflatten(0, (len(ids), -1))[torch.arange(len(ids)), mask.argmax(dim=1)])
-            kept = asked[:, : self.vocab_size].argmax(dim=-1).tolist()
+        kept = self.keep(logits.unflatten(0, (len(ids), -1)), mask)
         self.kept |= {sample: each for sample, each in zip(ids.tolist(), kept, strict=True) if sample >= 0}
         return logits.new_zeros(())
 
@@ -174,28 +173,30 @@ class Engine(ABC):
 
         Rows of padding (sample id -1) are left out. For heads of few classes, since all of it goes through host memory.
         """
-        return _joined(self.groups.gather_to_main(self._kept(micro_batches)))
+        kept = self._kept(micro_batches, lambda logits, mask: logits.float().cpu().numpy())
+        return _joined(self.groups.gather_to_main(kept))
 
     def next_tokens(self, micro_batches: Sequence[MicroBatch], vocab_size: int) -> dict[int, int]:
         """The likeliest of `vocab_size` ids to follow the one position of each row that its mask marks, of all rows of
         `micro_batches` on all ranks, by sample id; the same on every rank. Every rank calls it."""
-        self._loss.vocab_size = vocab_size
-        try:
-            return _joined(self.groups.gather(self._kept(micro_batches)))
-        finally:
-            self._loss.vocab_size = None
 
-    def _kept(self, micro_batches: Sequence[MicroBatch]) -> dict[int, Any]:
-        """What LossOrLogits keeps of a pass over `micro_batches`, on one rank of those that have the same."""
+        def likeliest(logits: Tensor, mask: Tensor) -> list[int]:
+            asked = self._loss.gather(logits[torch.arange(len(mask)), mask.argmax(dim=1)])
+            return asked[:, :vocab_size].argmax(dim=-1).tolist()
+
+        return _joined(self.groups.gather(self._kept(micro_batches, likeliest)))
+
+    def _kept(self, micro_batches: Sequence[MicroBatch], keep: Keep) -> dict[int, Any]:
+        """What is kept of a pass over `micro_batches`, on one rank of those that have the same."""
         self.note("evaluation")
-        self._loss.kept = {}
+        self._loss.keep, self._loss.kept = keep, {}
         batches = []
         for inputs, (_, mask) in self._padded(micro_batches):
             here = tuple(x.to(self.device, non_blocking=True) for x in inputs)
             batches.append((here, (here[3], mask.to(self.device, non_blocking=True))))
         self._forward(batches)  # type: ignore[arg-type]
-        mine, self._loss.kept = self._loss.kept, None
-        return mine if self.groups.tensor_rank == 0 else {}
+        self._loss.keep = None
+        return self._loss.kept if self.groups.tensor_rank == 0 else {}
 
     def _padded(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """With as many blank ones behind them as an evaluation needs."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from megalm.data.batch import Batch
 from megalm.data.examples import Example, Rows
+from megalm.data.loader import held_out_batches
 from megalm.sft import metrics
 from megalm.sft.config import TaskKind
 from megalm.sft.report import Prediction
@@ -44,22 +45,18 @@ class Answers:
         size: int,
         micro_batch_size: int,
         sequence_length: int,
-        fixed_length: bool,
-        multiple: int,
         max_new_tokens: int,
     ) -> None:
         """rows: of one example set. chosen: those that are evaluated (data.loader.held_out_samples). rank, size: data-
-        parallel coordinates. fixed_length, multiple: as of data.examples.Rows. max_new_tokens: of an answer; one that
-        reaches sequence_length ends there too."""
+        parallel coordinates. max_new_tokens: of an answer; one that reaches sequence_length ends there too."""
         self.kind = kind
         self._tokenizer: Tokenizer = task.chat.tokenizer
         self._ends = {self._tokenizer.eos_id, *task.chat.ends}
         [self._set] = rows.sets
         numbers = [number for row in chosen for number, _, _ in rows.examples_in(int(row))]
         self._asked = [(number, *prompt_and_answer(self._set[number], self._ends)) for number in numbers]
-        self._rank, self._size, self._micro_batch_size = rank, size, micro_batch_size
-        self._length, self._fixed, self._multiple = sequence_length, fixed_length, multiple
-        self._most = max_new_tokens
+        self._rows, self._length, self._most = rows, sequence_length, max_new_tokens
+        self._share = {"rank": rank, "size": size, "micro_batch_size": micro_batch_size}
 
     def write(self, next_tokens: NextTokens) -> list[list[int]]:
         """The ids of every answer, without what ends it; the same on all ranks, which all call it."""
@@ -69,7 +66,8 @@ class Answers:
             active = [place for place in active if len(texts[place]) <= self._length]
             if not active:
                 break
-            said = next_tokens(list(self._batches(texts, active)))
+            chosen = next_tokens(list(self._batches([texts[place] for place in active])))
+            said = {place: chosen[number] for number, place in enumerate(active)}
             active = [place for place in active if said[place] not in self._ends]
             for place in active:
                 texts[place].append(said[place])
@@ -91,26 +89,17 @@ class Answers:
         references, predictions = [each.reference for each in said], [each.prediction for each in said]
         return {name: value for score in SCORES[self.kind] for name, value in score(references, predictions).items()}
 
-    def _batches(self, texts: Sequence[Sequence[int]], active: Sequence[int]) -> Iterator[Batch]:
-        """This rank's share of the texts that go on; every rank has as many micro-batches of as many rows."""
-        length = self._length
-        if not self._fixed:
-            length = -(-max(len(texts[place]) for place in active) // self._multiple) * self._multiple
-        rounds = -(-len(active) // (self._size * self._micro_batch_size))
-        for start in range(rounds):
-            first = start * self._micro_batch_size
-            numbers = [self._rank + self._size * (first + row) for row in range(self._micro_batch_size)]
-            places = [active[number] if number < len(active) else -1 for number in numbers]
-            shape = (len(places), length)
-            tokens, mask = np.full(shape, self._tokenizer.pad_id, np.int64), np.zeros(shape, np.float32)
-            segments = np.zeros(shape, np.int64)
-            for row, place in enumerate(places):
-                text = texts[place] if place >= 0 else ()
-                tokens[row, : len(text)] = text
-                segments[row, len(text) :] = 1
-                mask[row, max(len(text) - 1, 0)] = 1.0
-            positions = np.where(segments == 0, np.arange(length), 0)
-            yield Batch(tokens, np.zeros(shape, np.int64), mask, segments, positions, np.array(places, np.int64))
+    def _batches(self, texts: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """This rank's share of rows of one text each, whose mask has the text's last position; sample ids are places in
+        `texts`."""
+
+        def ended(text: Sequence[int]) -> Example:
+            weights = np.zeros(len(text), np.uint8)
+            weights[-1] = 1
+            return Example(np.array(text), np.zeros(len(text), np.int64), weights)
+
+        rows = self._rows.one_each(map(ended, texts))
+        return held_out_batches(rows, **self._share, sequences=len(texts))
 
 
 def prompt_and_answer(example: Example, ends: Collection[int]) -> tuple[list[int], list[int]]:

@@ -89,7 +89,7 @@ class SummaryTask(ConversationTask):
         """As much of the document as leaves `length` positions in all; if that is nothing, the example's beginning."""
         tokenizer = self.chat.tokenizer
         ids = tokenizer.encode(Columns(row, self._config.columns).text("document"))
-        example, keep = Example(whole.ids, whole.labels, whole.weights), len(ids)
+        example, keep = whole, len(ids)
         while (excess := len(example.ids) - length) > 0:
             keep -= -(-excess // self._copies)  # once more if the pieces do not merge as before
             beginning = tokenizer.decode(ids[: max(keep, 0)]).rstrip("\ufffd")  # of half a character

@@ -297,8 +297,6 @@ def _held_out(planned: Plan, joined: Groups) -> tuple[dict[str, list[engine.Micr
                 size=planned.layout.data,
                 micro_batch_size=config.train.micro_batch_size,
                 sequence_length=config.train.sequence_length,
-                fixed_length=config.parallel.pipeline > 1,
-                multiple=config.parallel.tensor if config.parallel.sequence_parallel else 1,
                 max_new_tokens=config.evaluate.max_new_tokens,
             )
     return batches, scorers

@@ -149,7 +149,7 @@ def test_an_id_of_another_place_is_seen(learned: Path, tokenizer_folder: Path) -
 def _one_before(run: Any) -> None:
     right = LossOrLogits.__call__
     LossOrLogits.__call__ = lambda self, logits, targets: right(  # type: ignore[method-assign]
-        self, logits, (targets[0], targets[1].roll(-1, dims=1)) if self.kept is not None else targets
+        self, logits, (targets[0], targets[1].roll(-1, dims=1)) if self.keep is not None else targets
     )
 
 
