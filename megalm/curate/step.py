@@ -33,6 +33,17 @@ class Step(ABC):
         return {}
 
 
+class ByDocument(Step):
+    """A step that looks at each document by itself."""
+
+    @abstractmethod
+    def verdict(self, document: Document) -> Rejection | None:
+        """apply(), of one document."""
+
+    def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
+        return [self.verdict(document) for document in documents]
+
+
 class Merging(Step):
     """A step that must see all documents before it decides: sketch each batch, merge all sketches once, then apply."""
 

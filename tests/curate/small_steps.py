@@ -96,3 +96,19 @@ class Fragile(Step):
             if "poison" in document.text:
                 raise ZeroDivisionError("this text cannot be borne")
         return [None] * len(documents)
+
+
+def merged(step: Merging, documents: Sequence[Document], folder: Path, files: int, batch: int) -> tuple[Any, dict]:
+    """A step as another process opens it, after a merge of sketches from several tasks in small batches; and what the
+    merge said. Verdicts are in folder/verdicts."""
+    paths = []
+    for number in range(files):
+        task = documents[number * len(documents) // files : (number + 1) * len(documents) // files]
+        path = folder / f"sketch-{number}"
+        path.write_bytes(b"".join(step.sketch(task[begin : begin + batch]) for begin in range(0, len(task), batch)))
+        paths.append(path)
+    (folder / "verdicts").mkdir()
+    told = step.merge(paths, folder / "verdicts")
+    other = type(step)(step.settings)
+    other.judge(folder / "verdicts")
+    return other, told

@@ -12,22 +12,14 @@ from megalm.curate.steps.exact_paragraphs import ExactParagraphs, ExactParagraph
 from megalm.curate.steps.exact_substrings import ExactSubstrings, ExactSubstringsSettings
 from megalm.curate.steps.records import Verdicts
 from megalm.errors import MegalmError
+from tests.curate.small_steps import merged
 
 
 def run(step: Merging, documents: list[Document], folder: Path, files: int = 2) -> tuple[list, dict]:
     """Verdicts of a whole run with several tasks and batches of three."""
     folder.mkdir(exist_ok=True)
-    paths = []
-    for number in range(files):
-        task = documents[number * len(documents) // files : (number + 1) * len(documents) // files]
-        path = folder / f"sketch-{number}"
-        path.write_bytes(b"".join(step.sketch(task[begin : begin + 3]) for begin in range(0, len(task), 3)))
-        paths.append(path)
-    (folder / "verdicts").mkdir()
-    told = step.merge(paths, folder / "verdicts")
+    other, told = merged(step, documents, folder, files, 3)
     assert {path.name for path in (folder / "verdicts").iterdir()} == {Verdicts.IDS, Verdicts.ROWS}, "no scratch"
-    other = type(step)(step.settings)
-    other.judge(folder / "verdicts")
     return [
         answer for begin in range(0, len(documents), 3) for answer in other.apply(documents[begin : begin + 3])
     ], told

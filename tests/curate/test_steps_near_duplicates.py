@@ -11,6 +11,7 @@ import pytest
 from megalm.curate.document import Document
 from megalm.curate.steps.near_duplicates import NearDuplicates, NearDuplicatesSettings
 from megalm.curate.steps.units import grams, units
+from tests.curate.small_steps import merged
 
 ENGLISH = [f"{a}{b}{c}" for a in ("ba", "ko", "li", "ter") for b in ("ma", "ni", "so", "ru", "pe") for c in "stnlrdgkm"]
 CHINESE = [chr(code) for code in range(0x4E00, 0x4E00 + 900)]
@@ -22,17 +23,7 @@ def step(**settings: object) -> NearDuplicates:
 
 def removed(step: NearDuplicates, documents: Sequence[Document], folder: Path, files: int = 3) -> tuple[set[str], dict]:
     """Ids that a whole run rejects, sketched in several tasks and small batches."""
-    paths = []
-    for number in range(files):
-        task = documents[number * len(documents) // files : (number + 1) * len(documents) // files]
-        path = folder / f"sketch-{number}"
-        path.write_bytes(b"".join(step.sketch(task[begin : begin + 37]) for begin in range(0, len(task), 37)))
-        paths.append(path)
-    verdicts = folder / "verdicts"
-    verdicts.mkdir()
-    told = step.merge(paths, verdicts)
-    other = type(step)(step.settings)  # as in another process
-    other.judge(verdicts)
+    other, told = merged(step, documents, folder, files, 37)
     return {d.id for d, answer in zip(documents, other.apply(documents)) if answer}, told
 
 

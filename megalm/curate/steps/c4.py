@@ -1,14 +1,13 @@
 """C4's rules (Raffel et al. 2020, section 2.2, and its code): sentences stay, what pages are fitted with goes."""
 
 import re
-from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field
 
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
-from megalm.curate.step import Step
+from megalm.curate.step import ByDocument
 from megalm.curate.steps.profiles import Profile, ProfileSetting, thresholds
 from megalm.curate.steps.units import HAN
 
@@ -84,17 +83,14 @@ class C4Settings(Config):
     """Any other language."""
 
 
-class C4(Step):
+class C4(ByDocument):
     """Without the paper's list of bad words, whose loss is known (Dodge et al. 2021, section 5.3)."""
 
     kind: ClassVar[str] = "c4"
     Settings: ClassVar[type[Config]] = C4Settings
     settings: C4Settings
 
-    def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
-        return [self._verdict(document) for document in documents]
-
-    def _verdict(self, document: Document) -> Rejection | None:
+    def verdict(self, document: Document) -> Rejection | None:
         profile, asked = thresholds(self.settings, document)
         kept, sentences = [], 0
         lines = document.text.splitlines()
@@ -122,7 +118,7 @@ class C4(Step):
 
 _CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]|\[来源请求]|\[编辑]")
 _ENDS = (".", "?", "!", '"', "'", "。", "！", "？", "”", "’", "」", "』", "；")
-_VERSE_ENDS = ("，", "：", "、")  # half a couplet is a line
+_ZH_ENDS = (*_ENDS, "，", "：", "、")  # half a couplet is a line
 _ELLIPSES = ("...", "…")
 _SENTENCE = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]+")
 _HAN = re.compile(f"[{HAN}]")
@@ -132,8 +128,9 @@ def _stays(line: str, lowered: str, profile: Profile, asked: C4Thresholds) -> bo
     words = line.split()
     if len(line) > asked.max_word_length and any(len(word) > asked.max_word_length for word in words):
         return False
-    ends = (*_ENDS, *_VERSE_ENDS) if profile == "zh" else _ENDS
-    if asked.only_ended_lines and (not line.endswith(ends) or line.endswith(_ELLIPSES)):
+    if asked.only_ended_lines and (
+        not line.endswith(_ZH_ENDS if profile == "zh" else _ENDS) or line.endswith(_ELLIPSES)
+    ):
         return False
     if asked.min_words_per_line:
         # Where there are no spaces a character is a word.

@@ -1,7 +1,6 @@
 """Documents that hold questions or answers of an evaluation set are left out."""
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +12,8 @@ from pydantic import Field
 
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
-from megalm.curate.step import Step
-from megalm.curate.steps.units import HAN, grams, units
+from megalm.curate.step import ByDocument
+from megalm.curate.steps.units import CJK, grams, units
 from megalm.errors import MegalmError
 
 
@@ -34,7 +33,7 @@ class DecontaminateSettings(Config):
     """How many overlaps a document may have."""
 
 
-class Decontaminate(Step):
+class Decontaminate(ByDocument):
     """Case and punctuation do not count. A rejection names the file and line of the first overlap and shows it;
     metadata `overlaps` have the number of overlaps by file."""
 
@@ -49,14 +48,11 @@ class Decontaminate(Step):
     def prepare(self) -> None:
         self.report()
 
-    def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
-        return [self._verdict(document) for document in documents]
-
     def report(self) -> dict[str, dict[str, int]]:
         """By file, what is looked for: texts, those too short to count, and sequences of words."""
         return self._index.counted
 
-    def _verdict(self, document: Document) -> Rejection | None:
+    def verdict(self, document: Document) -> Rejection | None:
         lowered = document.text.lower()
         found = units(lowered)
         hits: list[tuple[int, int, int]] = []  # place, width, row of the index
@@ -85,7 +81,6 @@ class Decontaminate(Step):
         return Rejection(f"in the evaluation set {Path(name).name}", f"line {line}, {len(hits)} overlaps: {shared}")
 
 
-_CJK = re.compile(f"[{HAN}\u3041-\u30ff]")
 _BITS = 24
 _SHIFT = np.uint64(64 - _BITS)
 
@@ -111,11 +106,11 @@ class _Index:
         for file, path in enumerate(settings.evaluations):
             told = counted[path] = {"texts": 0, "too short": 0, "sequences": 0}
             for line, text in _texts(path, settings.fields):
-                lowered = text.lower()
-                hashes = units(lowered).hashes
+                found_units = units(text.lower())
+                hashes = found_units.hashes
                 told["texts"] += 1
                 # Eight characters are the name of an institution, which many texts hold that know nothing of the set.
-                scale = 1.6 if 2 * len(_CJK.findall(lowered)) > len(hashes) else 1.0
+                scale = 1.6 if 2 * (found_units.classes == CJK).sum() > len(hashes) else 1.0
                 if len(hashes) < round(scale * settings.min_words):
                     told["too short"] += 1
                     continue

@@ -1,7 +1,6 @@
 """A page's text, without its menus, advertisements and comments."""
 
 import re
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -10,7 +9,7 @@ from resiliparse.parse.html import HTMLTree
 
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
-from megalm.curate.step import Step
+from megalm.curate.step import ByDocument
 
 _TAGS = "html|head|body|title|meta|link|p|div|span|a|br|table|td|li|ul|h[1-6]|article|section|main|script|img|b|i"
 _TAG = re.compile(rf"<(?:!doctype|{_TAGS})\b", re.IGNORECASE)
@@ -30,7 +29,7 @@ class ExtractHtmlSettings(Config):
     """A page with less text is left out."""
 
 
-class ExtractHtml(Step):
+class ExtractHtml(ByDocument):
     """A page is what metadata `content_type` calls HTML or, where there is none (JSONL, Parquet), what begins with a
     tag of HTML. Its title goes into metadata, and `content_type` becomes text/plain."""
 
@@ -41,10 +40,7 @@ class ExtractHtml(Step):
     def prepare(self) -> None:
         self.apply([Document("first", "<html><body><p>Some words to begin with.</p></body></html>")])
 
-    def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
-        return [self._extract(document) for document in documents]
-
-    def _extract(self, document: Document) -> Rejection | None:
+    def verdict(self, document: Document) -> Rejection | None:
         page = document.text
         if not _is_page(document):
             return None if self.settings.plain_text == "keep" else Rejection("plain text")

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
-from megalm.curate.step import Step
+from megalm.curate.step import ByDocument
 from megalm.curate.steps.gopher_repetition import repeated
 from megalm.curate.steps.profiles import ProfileSetting, thresholds
 from megalm.curate.steps.units import units
@@ -74,7 +74,7 @@ class FineWebSettings(Config):
     """Any other language."""
 
 
-class FineWeb(Step):
+class FineWeb(ByDocument):
     kind: ClassVar[str] = "fineweb"
     Settings: ClassVar[type[Config]] = FineWebSettings
     settings: FineWebSettings
@@ -82,14 +82,11 @@ class FineWeb(Step):
     def prepare(self) -> None:
         self.apply([Document("first", "Some words to begin with.")])
 
-    def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
-        return [self._verdict(document) for document in documents]
-
     def measure(self, document: Document) -> dict[str, float]:
         lines = [line for line in document.text.split("\n") if line.strip()]
         return {"lines with an end": _with_end(lines, False) if lines else 0.0}
 
-    def _verdict(self, document: Document) -> Rejection | None:
+    def verdict(self, document: Document) -> Rejection | None:
         _, asked = thresholds(self.settings, document)
         text = document.text
         lines = [line for line in text.split("\n") if line.strip()]

@@ -7,7 +7,6 @@ and whether punctuation stands between words.
 """
 
 import re
-from collections.abc import Sequence
 from functools import cache, cached_property
 from typing import ClassVar
 
@@ -17,7 +16,7 @@ from pydantic import Field
 
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
-from megalm.curate.step import Step
+from megalm.curate.step import ByDocument
 from megalm.curate.steps.chinese import common_characters, function_characters
 from megalm.curate.steps.profiles import ProfileSetting, thresholds
 from megalm.curate.steps.units import CJK, HAN, LETTER, SPACE, Units, classes, code_points, hash_of, units
@@ -104,16 +103,13 @@ class GopherQualitySettings(Config):
     """Any other language: English's without its stop words, and with longer words."""
 
 
-class GopherQuality(Step):
+class GopherQuality(ByDocument):
     kind: ClassVar[str] = "gopher_quality"
     Settings: ClassVar[type[Config]] = GopherQualitySettings
     settings: GopherQualitySettings
 
     def prepare(self) -> None:
         self.apply([Document("first", "Some words to begin with.")])
-
-    def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
-        return [self._verdict(document) for document in documents]
 
     def measure(self, document: Document) -> dict[str, float]:
         found = units(document.text)
@@ -128,7 +124,7 @@ class GopherQuality(Step):
             for profile in ("en", "zh", "code", "other")
         }
 
-    def _verdict(self, document: Document) -> Rejection | None:
+    def verdict(self, document: Document) -> Rejection | None:
         text = document.text
         profile, asked = thresholds(self.settings, document)
         found = units(text.lower())

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
-from megalm.curate.step import Step
+from megalm.curate.step import ByDocument
 from megalm.curate.steps.compiled import compiled
 from megalm.curate.steps.profiles import ProfileSetting, thresholds
 from megalm.curate.steps.units import _MIX, _PRIME, _SHIFT, units
@@ -68,7 +68,7 @@ class GopherRepetitionSettings(Config):
     """Any other language."""
 
 
-class GopherRepetition(Step):
+class GopherRepetition(ByDocument):
     kind: ClassVar[str] = "gopher_repetition"
     Settings: ClassVar[type[Config]] = GopherRepetitionSettings
     settings: GopherRepetitionSettings
@@ -76,14 +76,11 @@ class GopherRepetition(Step):
     def prepare(self) -> None:
         self.apply([Document("first", "Some words to begin with.")])
 
-    def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
-        return [self._verdict(document) for document in documents]
-
     def measure(self, document: Document) -> dict[str, float]:
         lines, _ = repeated(_LINES.split(document.text.strip()))
         return {"repeated lines": lines}
 
-    def _verdict(self, document: Document) -> Rejection | None:
+    def verdict(self, document: Document) -> Rejection | None:
         text = document.text
         if not text.strip():
             return Rejection("no text")

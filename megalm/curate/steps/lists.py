@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
-from megalm.curate.step import Step
+from megalm.curate.step import ByDocument
 from megalm.errors import MegalmError
 
 
@@ -31,7 +31,7 @@ class DomainsSettings(Config):
     """Whether documents without an address go on."""
 
 
-class Domains(Step):
+class Domains(ByDocument):
     """Lists of hosts (as RefinedWeb, section 3.1, begins with)."""
 
     kind: ClassVar[str] = "domains"
@@ -46,10 +46,7 @@ class Domains(Step):
     def _allowed(self) -> frozenset[str]:
         return _hosts(self.settings.allow, self.settings.allow_files)
 
-    def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
-        return [self._verdict(document) for document in documents]
-
-    def _verdict(self, document: Document) -> Rejection | None:
+    def verdict(self, document: Document) -> Rejection | None:
         url = document.metadata.get(self.settings.url_key)
         if not isinstance(url, str) or not (host := host_of(url)):
             return None if self.settings.without_url else Rejection("no address")
@@ -96,17 +93,14 @@ class LicencesSettings(Config):
     """Whether documents of which no licence is known go on."""
 
 
-class Licences(Step):
+class Licences(ByDocument):
     """Lists of licences."""
 
     kind: ClassVar[str] = "licences"
     Settings: ClassVar[type[Config]] = LicencesSettings
     settings: LicencesSettings
 
-    def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
-        return [self._verdict(document) for document in documents]
-
-    def _verdict(self, document: Document) -> Rejection | None:
+    def verdict(self, document: Document) -> Rejection | None:
         value = document.metadata.get(self.settings.key)
         names = [_spdx(str(name)) for name in (value if isinstance(value, list | tuple) else [value]) if name]
         if not names:

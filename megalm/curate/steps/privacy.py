@@ -18,7 +18,7 @@ import re2
 
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
-from megalm.curate.step import Step
+from megalm.curate.step import ByDocument
 
 Kind = Literal["key", "email", "ip", "id_card", "bank_card", "phone"]
 
@@ -34,7 +34,7 @@ class PrivacySettings(Config):
     """A document with more of them is left out: a list of people."""
 
 
-class Privacy(Step):
+class Privacy(ByDocument):
     """Metadata `privacy` have the number of replacements by kind."""
 
     kind: ClassVar[str] = "privacy"
@@ -44,10 +44,7 @@ class Privacy(Step):
     def prepare(self) -> None:
         self.apply([Document("first", "Some words to begin with.")])
 
-    def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
-        return [self._replace(document) for document in documents]
-
-    def _replace(self, document: Document) -> Rejection | None:
+    def verdict(self, document: Document) -> Rejection | None:
         text, pieces, last = document.text, [], 0
         counts: dict[str, int] = {}
         for found in find(text, self.settings.kinds, self.settings.private_ips):

@@ -2,7 +2,6 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
 from typing import ClassVar
 
 import ftfy
@@ -10,7 +9,7 @@ from pydantic import Field
 
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
-from megalm.curate.step import Step
+from megalm.curate.step import ByDocument
 
 # What ftfy could mend: controls, UTF-8 read as Latin-1 or Windows-1252, entities, surrogates, ligatures. It reads half
 # a megabyte a second, this expression a hundred times that; most text has none of it.
@@ -34,7 +33,7 @@ class RepairUnicodeSettings(Config):
     """A document is left out in which a larger share of characters is lost for good (U+FFFD)."""
 
 
-class RepairUnicode(Step):
+class RepairUnicode(ByDocument):
     """By ftfy, where there is something to mend; composed (NFC), which changes no character that is seen. UTF-8 that
     was read as GBK loses bytes and cannot be mended: the Chinese thresholds of gopher_quality leave it out."""
 
@@ -45,10 +44,7 @@ class RepairUnicode(Step):
     def prepare(self) -> None:
         self.apply([Document("first", "Some words to begin with.")])
 
-    def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
-        return [self._repair(document) for document in documents]
-
-    def _repair(self, document: Document) -> Rejection | None:
+    def verdict(self, document: Document) -> Rejection | None:
         text = document.text
         if _SUSPICIOUS.search(text):
             text = ftfy.fix_text(text, _CONFIG)
