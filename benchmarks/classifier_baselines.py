@@ -80,24 +80,31 @@ def most_common(train: list[tuple[str, str]], labels: list[str], truth: np.ndarr
     return float((truth == int(np.argmax(counts))).mean())
 
 
-def bag_of_words(
-    train: list[tuple[str, str]], held_out: list[tuple[str, str]], labels: list[str], truth: np.ndarray
-) -> float:
-    """Words and pairs of words; pairs of characters for text without spaces."""
+def vectors(texts: list[str]) -> Any:
+    """Words and pairs of words; characters and pairs of characters for text without spaces."""
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
 
-    texts = [text for text, _ in train]
     spaced = sum(text.count(" ") for text in texts) > 0.1 * sum(map(len, texts))
-    features = TfidfVectorizer(
+    return TfidfVectorizer(
         analyzer="word" if spaced else "char",
         ngram_range=(1, 2),
         sublinear_tf=True,
         token_pattern=r"(?u)\b\w+\b" if spaced else None,
     )
-    model = make_pipeline(features, LogisticRegression(C=10.0, max_iter=2000))
-    model.fit(texts, [labels.index(label) for _, label in train])
+
+
+def regression(texts: list[str], labels: list[Any]) -> Any:
+    """Logistic regression on a bag of words, fitted."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    return make_pipeline(vectors(texts), LogisticRegression(C=10.0, max_iter=2000)).fit(texts, labels)
+
+
+def bag_of_words(
+    train: list[tuple[str, str]], held_out: list[tuple[str, str]], labels: list[str], truth: np.ndarray
+) -> float:
+    model = regression([text for text, _ in train], [labels.index(label) for _, label in train])
     return float((model.predict([text for text, _ in held_out]) == truth).mean())
 
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import yaml
+from classifier_baselines import regression, vectors
 
 from megalm.data.python_corpus import docstrings
 from megalm.errors import MegalmError, main_guard
@@ -123,28 +124,11 @@ def poems(data: Path) -> tuple[list[Row], None]:
 # --- What anyone would try first -------------------------------------------------------------------------------------
 
 
-def vectors(texts: Sequence[str]) -> Any:
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    spaced = sum(text.count(" ") for text in texts) > 0.1 * sum(map(len, texts))
-    return TfidfVectorizer(
-        analyzer="word" if spaced else "char",
-        ngram_range=(1, 2),
-        sublinear_tf=True,
-        token_pattern=r"(?u)\b\w+\b" if spaced else None,
-    )
-
-
 def bag_of_words(text: Callable[[Row], str], metric: str = "accuracy") -> Callable[[list[Row], list[Row]], float]:
     """Logistic regression on words and pairs of words."""
 
     def score(train: list[Row], held_out: list[Row]) -> float:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-
-        texts = [text(row) for row in train]
-        model = make_pipeline(vectors(texts), LogisticRegression(C=10.0, max_iter=2000))
-        model.fit(texts, [row["label"] for row in train])
+        model = regression([text(row) for row in train], [row["label"] for row in train])
         said = [str(label) for label in model.predict([text(row) for row in held_out])]
         references = [row["label"] for row in held_out]
         return metrics.classification(references, said, sorted({row["label"] for row in [*train, *held_out]}))[metric]
