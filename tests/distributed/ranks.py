@@ -17,6 +17,8 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+from tests.distributed.shared_memory import Mesh
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["DS_ACCELERATOR"] = "cpu"
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -37,13 +39,15 @@ class Pool:
     Calls share what they change in their processes: a call that patches code needs a pool of its own (run_ranks).
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, shared_memory: bool = False) -> None:
+        """shared_memory: ranks talk over a mesh, not over gloo."""
         self.size = size
         self._calls = 0
         self._processes, self._pipes = [], []
+        self._mesh = Mesh(_CONTEXT, size) if shared_memory else None
         for rank in range(size):
             ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(rank, size, theirs), daemon=True)
+            process = _CONTEXT.Process(target=_serve, args=(rank, size, theirs, self._mesh), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -95,7 +99,9 @@ class Pool:
                 process.join(10)
         for pipe in self._pipes:
             pipe.close()
-        self._processes, self._pipes = [], []
+        if self._mesh:
+            self._mesh.close()
+        self._processes, self._pipes, self._mesh = [], [], None
 
     def __enter__(self) -> "Pool":
         return self
@@ -110,8 +116,10 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: floa
         return pool.run(function, *args, timeout=timeout)
 
 
-def _serve(rank: int, size: int, pipe: Connection) -> None:
+def _serve(rank: int, size: int, pipe: Connection, mesh: Mesh | None) -> None:
     """The life of a rank."""
+    if mesh:
+        mesh.enter(rank)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -123,6 +131,8 @@ def _serve(rank: int, size: int, pipe: Connection) -> None:
         while True:
             port, function, args = pipe.recv()
             os.environ["MASTER_PORT"] = str(port)
+            if mesh:
+                mesh.start()
             pipe.send((True, function(*args)))
             _leave()
     except EOFError:  # whoever wanted something of it is gone
