@@ -108,35 +108,42 @@ def done_already(target: Target, job: str) -> int:
 def _again(target: Target, site: Site, number: str, failed: list[str], *, must_move: bool) -> int:
     """Put the job back into the queue, if it is not on its way there, and nobody cancelled it; without the nodes that
     `failed` too often."""
+    for each in SIGNALS:  # with which Slurm ends all processes of a job that is requeued, those of its own commands too
+        signal.signal(each, signal.SIG_IGN)
     record = _asked(slurm.job, number)
     state, ended_by_limit = record.get("JobState"), record.get("Reason") == "TimeLimit"
     excluded = failed if must_move else _replaceable(failed, record)
+    names = list(dict.fromkeys([*slurm.named(record, "ExcNodeList"), *excluded]))
     if site.supervise.requeue == "never" or record.get("Requeue") == "0":
         print(f"launch: job {number} is not requeued; the next job of its chain goes on", flush=True)
         waiting = [each for each in jobs_of(target.folder) if _asked(slurm.job, each).get("JobState") == "PENDING"]
     elif state == "RUNNING" or ended_by_limit:
         write_event(target.folder / LAUNCHER, "requeued", job=number, excluded=excluded)
         print(f"launch: requeueing job {number}" + (f" without {', '.join(excluded)}" if excluded else ""), flush=True)
-        # From here on Slurm ends this script when KillWait is over.
+        # From here on Slurm kills this script when KillWait is over.
         _asked(slurm.requeue, number)
         waiting = [number]
     else:
         waiting = [number] if state == "PENDING" else []  # somebody else has requeued it
     if excluded:
         for each in waiting:  # Slurm takes it of no others
-            _asked(slurm.exclude, each, excluded)
+            _asked(slurm.exclude, each, names)
     return PREEMPTED
 
 
 def _replaceable(failed: list[str], record: dict[str, str]) -> list[str]:
-    """`failed` if the partition has nodes to take their place, else none of them: the supervisor can leave a node out,
-    which is better than to wait in the queue for good. record: Slurm's of the job that ran on them."""
+    """`failed` if others can take their place, else none of them: the supervisor can leave a node out, which is better
+    than to wait in the queue for good. record: Slurm's of the job that ran on them."""
     if not failed:
         return []
     needed = int(record["NumNodes"].partition("-")[0])
-    if len(slurm.nodes_up(record["Partition"]) - set(failed)) >= needed:
+    if set(failed) & set(slurm.named(record, "ReqNodeList")):
+        why = "the job asks for them by name"
+    elif len(slurm.nodes_up(record["Partition"]) - set(failed)) < needed:
+        why = f"fewer than {needed} other nodes are up"
+    else:
         return failed
-    print(f"launch: {', '.join(failed)} may be given again: fewer than {needed} other nodes are up", flush=True)
+    print(f"launch: {', '.join(failed)} may be given again: {why}", flush=True)
     return []
 
 

@@ -55,6 +55,12 @@ def hosts(nodelist: str) -> list[str]:
     return call("scontrol", "show", "hostnames", nodelist).split()
 
 
+def named(record: dict[str, str], key: str) -> list[str]:
+    """The nodes that a job's record names under ReqNodeList or ExcNodeList."""
+    value = record.get(key, "(null)")
+    return [] if value == "(null)" else hosts(value)
+
+
 def nodes_up(partition: str) -> set[str]:
     """Nodes of a partition that run jobs or could."""
     states = "--states=idle,alloc,mix,comp"
@@ -67,10 +73,8 @@ def requeue(number: str) -> None:
 
 
 def exclude(number: str, nodes: list[str]) -> None:
-    """Keep a job that waits off nodes, for good: Slurm remembers it when the job is requeued later."""
-    already = job(number).get("ExcNodeList", "(null)")
-    names = [*([] if already == "(null)" else hosts(already)), *nodes]
-    call("scontrol", "update", f"JobId={number}", f"ExcNodeList={','.join(dict.fromkeys(names))}")
+    """Keep a job that waits off these nodes and no others, for good: Slurm remembers it when the job is requeued."""
+    call("scontrol", "update", f"JobId={number}", f"ExcNodeList={','.join(nodes)}")
 
 
 def cancel(number: str) -> None:

@@ -104,8 +104,10 @@ def test_mistakes_are_said_before_anything_is_queued(launch: Launch, config: str
     ],
 )
 def test_what_is_wrong_is_one_sentence(
-    launch: Launch, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, sentence: str
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, sentence: str
 ) -> None:
+    from launch.__main__ import main
+
     records(tmp_path / "done")
     write_event(tmp_path / "done" / LAUNCHER, "submitted", job="7")
     (tmp_path / "hosts").write_text("a slots=0\n")
@@ -113,9 +115,10 @@ def test_what_is_wrong_is_one_sentence(
     names = {"CONFIG": config, "HOSTS": str(tmp_path / "hosts"), "RUN": str(tmp_path / "done")}
     for name, path in names.items():
         arguments, sentence = arguments.replace(name, path), sentence.replace(name, path)
-    ended = launch(*arguments.split())
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
-    assert ended.stderr.startswith(f"error: {sentence}")
+    monkeypatch.setattr(sys, "argv", ["launch", *arguments.split()])
+    with pytest.raises(MegalmError) as refused:
+        main()
+    assert str(refused.value).startswith(sentence) and "\n" not in str(refused.value)
 
 
 def test_the_other_launchers(launch: Launch, config: str, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Jobs on a real Slurm cluster. Those marked `slurm` take minutes each (make test-slurm)."""
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megalm.metrics.events import read_events
+from megalm.metrics.events import LAUNCHER, read_events, write_event
 from tests.slurm.faults import BATCH, REPOSITORY, Cluster, Experiment, apart, strike, tree
 
 
@@ -107,6 +108,36 @@ def test_a_node_stays_where_there_is_no_other(cluster: Cluster, tmp_path: Path) 
     wait(lambda: cluster.job(job)["JobState"] in ("COMPLETED", "FAILED"), "the job ends")
     assert (cluster.job(job)["JobState"], cluster.job(job)["ExcNodeList"]) == ("COMPLETED", "(null)")
     assert "n2 may be given again" in (tmp_path / "log").read_text()
+
+
+def test_the_next_job_of_a_chain_keeps_off_it_too(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch import job as jobs
+    from launch.site import Site
+    from launch.target import Target
+
+    numbers: list[str] = []
+    for options in (["--nodelist=n1"], ["--dependency=afterany:{0}"]):
+        given = [option.format(*numbers) for option in options]
+        said = cluster.call(
+            "sbatch", "--parsable", "--no-requeue", "--nodes=2", "--output=/dev/null", *given, "--wrap", "sleep 600"
+        )
+        numbers.append(said.strip())
+        write_event(tmp_path / LAUNCHER, "submitted", job=numbers[-1])
+    first, second = numbers
+    wait(lambda: cluster.job(first)["JobState"] == "RUNNING", "the first job starts")
+    monkeypatch.setenv("SLURM_CONF", str(cluster.state / "slurm.conf"))
+    before = {each: signal.getsignal(each) for each in jobs.SIGNALS}
+    try:
+        jobs._again(Target([], tmp_path), Site(), first, ["n2"], must_move=False)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        cluster.call("scancel", first)
+    wait(lambda: cluster.job(second)["JobState"] == "RUNNING", "the second job starts")
+    assert cluster.job(second)["ExcNodeList"] == "n2" and cluster.job(second)["NodeList"] == "n[1,3]"
+    cluster.call("scancel", second)
 
 
 def test_a_controller_that_is_away_is_asked_again(cluster: Cluster, tmp_path: Path) -> None:
@@ -211,7 +242,7 @@ def test_the_layout_changes_after_a_fault(
         {"rank": 0, "samples": 8 * BATCH, "do": "slow", "seconds": 1.0},  # so that it is still there to be requeued
     ]
     run = Experiment(cluster, made, plant=plant)
-    (job,) = run.submit("--site-set", "sbatch=[--nodelist=n2]")
+    (job,) = run.submit("--site-set", "sbatch=[--nodelist=n1]")
     run.wait_for_step(12, job)
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     run.wait_for_end(job)
