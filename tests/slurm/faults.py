@@ -42,6 +42,7 @@ class Cluster:
             "SLURM_LAB_STATE": str(self.state),
             "SLURM_LAB_NODES": str(self.nodes),
             "SLURM_LAB_GPUS": "0",
+            "SLURM_LAB_CONF": "KillWait=30",  # as Slurm has it by default
         }
         done = subprocess.run(
             ["bash", str(HERE / name), *arguments], env=os.environ | settings, capture_output=True, text=True
