@@ -4,13 +4,46 @@ Imports of a verb stay in its function, so that every verb answers at once.
 """
 
 import argparse
+import difflib
 import os
 import shlex
 import socket
 import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from megalm.errors import MegalmError, main_guard
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise MegalmError(f"{self.prog}: {message.removeprefix('argument ')} ({self.prog} --help says more)")
+
+    def refuse_unknown(self, arguments: Iterable[str]) -> None:
+        """Raises MegalmError for an option that this parser does not have, with the closest that it has."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
+            if name != "--" and not any(option.startswith(name) for option in known):
+                raise MegalmError(f"{self.prog} has no option {name}{_closest(name, known)}")
+
+
+def _closest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f": it has {', '.join(known)}"
+
+
+def at_least(least: int, text: str) -> int:
+    """A whole number on the command line."""
+    if not text.removeprefix("-").isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} on")
+    return int(text)
+
+
+count = partial(at_least, 1)
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
@@ -20,35 +53,37 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="launch", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    parser = Parser(prog="launch", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
     submit = verbs.add_parser(
         "submit", help="a job for Slurm that saves, requeues and restarts itself until it is done"
     )
     add_training(submit)
     submit.add_argument("--site", metavar="FILE", help="site profile (docs/launch.md); default: $MEGALM_SITE")
-    submit.add_argument("--nodes", type=int)
-    submit.add_argument("--gpus-per-node", type=int)
-    submit.add_argument("--ranks-per-node", type=int, help="where it is not the number of GPUs")
-    submit.add_argument("--partition")
-    submit.add_argument("--account")
-    submit.add_argument("--time", help="time limit, as Slurm spells it")
+    submit.add_argument("--nodes", type=count, metavar="N")
+    submit.add_argument("--gpus-per-node", type=partial(at_least, 0), metavar="N")
+    submit.add_argument("--ranks-per-node", type=count, metavar="N", help="where it is not the number of GPUs")
+    submit.add_argument("--partition", metavar="NAME")
+    submit.add_argument("--account", metavar="NAME")
+    submit.add_argument("--time", metavar="LIMIT", help="time limit, as Slurm spells it")
     submit.add_argument("--container", metavar="IMAGE")
     submit.add_argument(
         "--site-set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the profile; repeatable"
     )
-    submit.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs in a row, where none may be requeued")
+    submit.add_argument(
+        "--chain", type=count, default=1, metavar="N", help="N jobs in a row, where none may be requeued"
+    )
     submit.add_argument("--by", choices=("sbatch", "submitit"), default="sbatch")
 
     local = verbs.add_parser("local", help="run and supervise on this machine")
     add_training(local)
-    local.add_argument("--ranks", type=int, help="default: one per GPU, or one")
+    local.add_argument("--ranks", type=count, metavar="N", help="default: one per GPU, or one")
     for name in ("deepspeed", "torchrun"):
         other = verbs.add_parser(name, help=f"run by {name}, on this machine or those of a hostfile")
         add_training(other)
         other.add_argument("--hostfile", type=Path, help="NAME slots=N a line")
-        other.add_argument("--ranks", type=int, help="on this machine; default: one per GPU, or one")
+        other.add_argument("--ranks", type=count, metavar="N", help="on this machine; default: one per GPU, or one")
 
     for name, about in (
         ("status", "how far a run is, its jobs and what happened"),
@@ -59,7 +94,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     logs = verbs.add_parser("logs", help="the newest log of a run")
     logs.add_argument("run", type=Path, metavar="RUN")
     logs.add_argument("-f", "--follow", action="store_true")
-    logs.add_argument("-n", "--lines", type=int, default=50)
+    logs.add_argument("-n", "--lines", type=count, default=50, metavar="N")
 
     report = verbs.add_parser("report", help="one HTML page: curves, events, ranks")
     report.add_argument("run", type=Path, metavar="RUN")
@@ -73,6 +108,13 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     agent = verbs.add_parser("agent", help="what the supervisor starts on every node")
     agent.add_argument("--join", required=True, metavar="HOST:PORT")
     agent.add_argument("--name", default="")
+    if not arguments or (arguments[0] not in verbs.choices and not arguments[0].startswith("-")):
+        names = list(verbs.choices)
+        what = f"there is no verb {arguments[0]}{_closest(arguments[0], names)}" if arguments else ""
+        raise MegalmError(f"launch: {what or 'name what to do, one of ' + ', '.join(names)}")
+    if arguments[0] in verbs.choices and arguments[0] != "job":  # what follows a script is the script's
+        # Before what is missing is asked for: a misspelt option is why it is missing.
+        verbs.choices[arguments[0]].refuse_unknown(arguments[1:])
     return parser.parse_args(arguments)
 
 
@@ -114,6 +156,8 @@ def local(given: argparse.Namespace) -> int:
     target = training(given.config, given.set)
     ranks = given.ranks or job.gpus() or 1
     if given.dry_run:
+        if problem := target.problem(ranks):
+            raise MegalmError(problem)
         print(f"{ranks} x {shlex.join(target.command)}")
         return 0
     return job.here(target, site.of_environment(), ranks)

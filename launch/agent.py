@@ -40,6 +40,8 @@ _WORDS = 60
 def serve(address: str, node: str) -> int:
     """Join the supervisor at HOST:PORT as `node` and do what it says until it hangs up."""
     host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise MegalmError(f"--join {address} is not HOST:PORT: the supervisor starts agents itself (launch submit)")
     wire = _join(host, int(port))
     wire.send(hello=node, token=os.environ.get(TOKEN, ""), port=free_port())
     return Agent(wire).run()

@@ -6,12 +6,15 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 from launch import site as sites
 from launch import slurm, snapshot
 from launch.site import Site
+from launch.status import jobs_of
 from launch.supervisor import DONE, PREEMPTED, Supervisor, agent_command, python_path
 from launch.target import Target, newest_step, of_command
 from megalm.errors import MegalmError
@@ -19,6 +22,9 @@ from megalm.metrics.events import LAUNCHER, read_events, write_event
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """That let a job finish its step, save and end; Slurm's warning before the time limit is the last."""
+_PATIENCE = 600.0
+"""Seconds that Slurm may be away when a job wants to go back into the queue."""
+Answer = TypeVar("Answer")
 
 
 def in_slurm(arguments: list[str]) -> int:
@@ -43,7 +49,7 @@ def in_slurm(arguments: list[str]) -> int:
         (target.folder / "launch").mkdir(parents=True, exist_ok=True)
         script = slurm.call("scontrol", "write", "batch_script", number, "-")
         snapshot.take(target, folder, names, script)
-    record = slurm.job(number)
+    record = _asked(slurm.job, number)
     write_event(
         target.folder / LAUNCHER, "job", job=number, start=int(start), nodes=names, log=record.get("StdOut", "")
     )
@@ -67,7 +73,7 @@ def in_slurm(arguments: list[str]) -> int:
 
     code = supervisor.run(start_agents)
     if code == PREEMPTED or supervisor.wants_other_nodes:
-        return _again(target, site, number, supervisor.excluded if supervisor.wants_other_nodes else [])
+        return _again(target, site, number, supervisor.excluded, must_move=supervisor.wants_other_nodes)
     return code
 
 
@@ -99,22 +105,59 @@ def done_already(target: Target, job: str) -> int:
     return DONE
 
 
-def _again(target: Target, site: Site, number: str, excluded: list[str]) -> int:
-    """Put the job back into the queue, if it is not on its way there, and nobody cancelled it."""
-    record = slurm.job(number)
-    ended_by_limit = record.get("Reason") == "TimeLimit"
+def _again(target: Target, site: Site, number: str, failed: list[str], *, must_move: bool) -> int:
+    """Put the job back into the queue, if it is not on its way there, and nobody cancelled it; without the nodes that
+    `failed` too often."""
+    for each in SIGNALS:  # with which Slurm ends all processes of a job that is requeued, those of its own commands too
+        signal.signal(each, signal.SIG_IGN)
+    record = _asked(slurm.job, number)
+    state, ended_by_limit = record.get("JobState"), record.get("Reason") == "TimeLimit"
+    excluded = failed if must_move else _replaceable(failed, record)
+    names = list(dict.fromkeys([*slurm.named(record, "ExcNodeList"), *excluded]))
     if site.supervise.requeue == "never" or record.get("Requeue") == "0":
         print(f"launch: job {number} is not requeued; the next job of its chain goes on", flush=True)
-        return PREEMPTED
-    if record.get("JobState") != "RUNNING" and not ended_by_limit:
-        return PREEMPTED
-    write_event(target.folder / LAUNCHER, "requeued", job=number, excluded=excluded)
-    print(f"launch: requeueing job {number}" + (f" without {', '.join(excluded)}" if excluded else ""), flush=True)
-    # From here on Slurm ends this script whenever it likes.
-    slurm.requeue(number)
+        waiting = [each for each in jobs_of(target.folder) if _asked(slurm.job, each).get("JobState") == "PENDING"]
+    elif state == "RUNNING" or ended_by_limit:
+        write_event(target.folder / LAUNCHER, "requeued", job=number, excluded=excluded)
+        print(f"launch: requeueing job {number}" + (f" without {', '.join(excluded)}" if excluded else ""), flush=True)
+        # From here on Slurm kills this script when KillWait is over.
+        _asked(slurm.requeue, number)
+        waiting = [number]
+    else:
+        waiting = [number] if state == "PENDING" else []  # somebody else has requeued it
     if excluded:
-        slurm.exclude(number, excluded)  # may be said only of a job that waits
+        for each in waiting:  # Slurm takes it of no others
+            _asked(slurm.exclude, each, names)
     return PREEMPTED
+
+
+def _replaceable(failed: list[str], record: dict[str, str]) -> list[str]:
+    """`failed` if others can take their place, else none of them: the supervisor can leave a node out, which is better
+    than to wait in the queue for good. record: Slurm's of the job that ran on them."""
+    if not failed:
+        return []
+    needed = int(record["NumNodes"].partition("-")[0])
+    if set(failed) & set(slurm.named(record, "ReqNodeList")):
+        why = "the job asks for them by name"
+    elif len(slurm.nodes_up(record["Partition"]) - set(failed)) < needed:
+        why = f"fewer than {needed} other nodes are up"
+    else:
+        return failed
+    print(f"launch: {', '.join(failed)} may be given again: {why}", flush=True)
+    return []
+
+
+def _asked(ask: Callable[..., Answer], *arguments: Any) -> Answer:
+    """What Slurm answers, asked again while it is away: a controller may be restarted at any time."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return ask(*arguments)
+        except slurm.Unreachable as error:
+            if time.monotonic() > deadline:
+                raise
+            print(f"launch: {error}; asking again", flush=True)
+            time.sleep(5)
 
 
 def here(target: Target, site: Site, ranks: int) -> int:

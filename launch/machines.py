@@ -30,7 +30,7 @@ def read_hostfile(path: Path) -> list[Host]:
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
+        match = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", text)
         if match is None or any(host.name == match[1] for host in hosts):
             raise MegalmError(f"{path}:{number}: {text!r} is not NAME slots=N of a machine not named before")
         hosts.append(Host(match[1], int(match[2])))

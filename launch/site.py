@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megalm.config import Config, load
+from megalm.errors import MegalmError
 
 PROFILE = "MEGALM_SITE"
 """Environment variable that names the profile."""
@@ -66,4 +67,9 @@ def of_environment(environment: Mapping[str, str] = os.environ, overrides: tuple
     """The profile that MEGALM_SITE names, changed by MEGALM_SITE_SET and `overrides`. Raises MegalmError."""
     lines = [line for line in environment.get(OVERRIDES, "").splitlines() if line]
     path = environment.get(PROFILE) or os.devnull
-    return load(path, Site, [*lines, *overrides])
+    try:
+        return load(path, Site, [*lines, *overrides])
+    except MegalmError as error:
+        # --set, as configs call every override, is the run's here.
+        words = str(error).replace("--set ", "--site-set ").replace("config file", "site profile")
+        raise MegalmError(words) from None

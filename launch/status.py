@@ -14,11 +14,16 @@ from megalm.metrics.events import read_events
 from megalm.metrics.meters import format_count, format_duration
 from megalm.training.config import RunConfig
 
+_UNITS = dict.fromkeys(("blocked", "others"), " s")
+"""Of facts of events."""
+
 
 def require_run(run: Path) -> None:
     """Raises MegalmError if `run` is no run's folder."""
+    if not run.exists():
+        raise MegalmError(f"{run} does not exist: name the folder of a run, what run.directory says in its config")
     if not any((run / name).exists() for name in ("launch", "metrics.jsonl", "config.yaml")):
-        raise MegalmError(f"{run} is not the folder of a run: name what run.directory says")
+        raise MegalmError(f"{run} is not the folder of a run: name what run.directory says in its config")
 
 
 def jobs_of(run: Path) -> list[str]:
@@ -58,32 +63,39 @@ def last_record(run: Path) -> dict[str, Any] | None:
     return None
 
 
+def steps_of(run: Path) -> int | None:
+    """Steps that a run is to take, by its config; None without one."""
+    config = run / "config.yaml"
+    return load(str(config), RunConfig).train.steps if config.exists() else None
+
+
 def describe(run: Path) -> list[str]:
     """A run's state in a few lines."""
     require_run(run)
     lines = []
     record = last_record(run)
-    steps = load(str(run / "config.yaml"), RunConfig).train.steps if (run / "config.yaml").exists() else 0
     if record:
         rate = record.get("tokens_per_second")
         speed = f", {format_count(rate)} tokens/s" if rate else ""
         ago = f", {format_duration(time.time() - record['time'])} ago" if "time" in record else ""
-        loss = record.get("loss")
-        lines.append(
-            f"step {record['step']} of {steps or '?'}{ago}, loss {'nan' if loss is None else f'{loss:.4f}'}{speed}"
-        )
+        of, loss = steps_of(run) or "?", record.get("loss")
+        lines.append(f"step {record['step']} of {of}{ago}, loss {'nan' if loss is None else f'{loss:.4f}'}{speed}")
     else:
         lines.append("no step yet")
     lines.append(f"newest checkpoint: step {newest_step(run)}")
     for number in jobs_of(run):
-        record_of_job = slurm.job(number)
+        try:
+            record_of_job = slurm.job(number)
+        except MegalmError as error:
+            lines.append(f"job {number}: unknown, since {error}")
+            break
         state = record_of_job.get("JobState", "no longer known to Slurm")
         nodes = record_of_job.get("NodeList", "(null)")
         lines.append(f"job {number}: {state}" + (f" on {nodes}" if nodes != "(null)" else ""))
     events = read_events(run)
     if events:
-        lines.append("events: " + " ".join(f"{kind} {count}" for kind, count in _counts(events).items()))
-        lines.extend(event_line(event) for event in events[-5:])
+        lines.append("events: " + ", ".join(f"{kind} {count}" for kind, count in _counts(events).items()))
+        lines.extend(event_line(event) for event in [event for event in events if event["event"] != "ranks"][-5:])
     return lines
 
 
@@ -96,15 +108,28 @@ def _counts(events: list[dict[str, Any]]) -> dict[str, int]:
 
 def event_line(event: dict[str, Any]) -> str:
     """An event in one line."""
+    when, kind, facts = event_words(event)
+    return f"{when}  {kind:10} {facts}".rstrip()
+
+
+def event_words(event: dict[str, Any]) -> tuple[str, str, str]:
+    """When it happened, what, and what is known of it."""
     facts = {
-        key: value for key, value in event.items() if key not in ("time", "event", "command") and value not in ("", [])
+        key: value
+        for key, value in event.items()
+        if key not in ("time", "event", "command") and value not in ("", [], None)
     }
-    words = ", ".join(f"{key} {_short(value)}" for key, value in facts.items())
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(event['time']))}  {event['event']:10} {words}"
+    words = ", ".join(f"{key.replace('_', ' ')} {_short(value)}{_UNITS.get(key, '')}" for key, value in facts.items())
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"])), event["event"], words
 
 
 def _short(value: Any) -> str:
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    if isinstance(value, list):
+        words = [str(each) if isinstance(each, str) else _short(each) for each in value]
+        value = " ".join(words if len(words) <= 8 else [*words[:2], "...", words[-1], f"({len(words)})"])
+    text = str(value)
     return text if len(text) < 100 else text[:97] + "..."
 
 

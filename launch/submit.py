@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,17 +90,16 @@ def submission(
 
 
 def submit(made: Submission) -> list[str]:
-    """Submit by sbatch. Returns the numbers of the jobs."""
+    """Submit by sbatch. Returns the numbers of the jobs. Raises MegalmError if there is none, or it refuses."""
+    if shutil.which("sbatch") is None:
+        raise MegalmError("sbatch is not on this machine: run this on a login node, or use launch local")
     (made.target.folder / "logs").mkdir(parents=True, exist_ok=True)
     jobs: list[str] = []
     for _ in range(made.chain):
         command = made.command(jobs[-1] if jobs else None)
-        try:
-            ended = subprocess.run(command, env=os.environ | made.environment, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise MegalmError("sbatch is not on this machine: run this on a login node, or use launch local") from None
+        ended = subprocess.run(command, env=os.environ | made.environment, capture_output=True, text=True)
         if ended.returncode:
-            words = re.sub(r"sbatch: (error: )?", "", ended.stderr.strip()).splitlines() or ["no reason given"]
+            words = re.sub(r"sbatch: ((error|fatal): )?", "", ended.stderr.strip()).splitlines() or ["no reason given"]
             raise MegalmError(f"sbatch refused the job ({words[-1]}): {shlex.join(command)}")
         jobs.append(ended.stdout.strip().split(";")[0])
         write_event(made.target.folder / LAUNCHER, "submitted", job=jobs[-1], command=shlex.join(command))

@@ -186,7 +186,8 @@ class Supervisor:
                 node.wire.send(quit=True)
                 node.wire.close()
             self._listener.close()
-            _end(agents)
+            # Who sends SIGTERM kills soon: what is left of that time is needed to requeue.
+            _end(agents, patience=1.0 if self._signal == signal.SIGTERM else 10.0)
 
     def drain(self) -> None:
         """Stop, and return when no rank runs any more. For a signal handler that does not return to run()."""
@@ -257,7 +258,8 @@ class Supervisor:
             if expected <= self._nodes.keys():
                 break
             self.turn()
-        missing = [name for name in self._expected if name not in self._nodes]
+        # A signal cuts the waiting short: nobody is late then.
+        missing = [name for name in self._expected if name not in self._nodes and not self._signal]
         for name in missing:
             self._say(f"{name} has not joined")
         here = [self._nodes[name] for name in self._expected if name in self._nodes]
@@ -467,9 +469,9 @@ def _first(exits: list[Exit]) -> Exit | None:
     return min(exits, key=key, default=None)
 
 
-def _end(agents: subprocess.Popen[bytes]) -> None:
+def _end(agents: subprocess.Popen[bytes], patience: float) -> None:
     try:
-        agents.wait(timeout=10)
+        agents.wait(timeout=patience)
     except subprocess.TimeoutExpired:
         agents.kill()
         agents.wait()

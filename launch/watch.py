@@ -1,11 +1,13 @@
 """A live view of a run in the terminal."""
 
+import shutil
 import sys
 import time
 from pathlib import Path
 
 from launch.status import describe, require_run
 from megalm.metrics.events import read_events
+from megalm.metrics.meters import format_count
 from megalm.metrics.records import read_records
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -15,11 +17,13 @@ def watch(run: Path, every: float = 2.0) -> int:
     """Redraw the run's state every few seconds until it is done or Ctrl-C; without a terminal, print it once."""
     require_run(run)
     while True:
-        text = "\n".join(picture(run))
         if not sys.stdout.isatty():
-            print(text)
+            print("\n".join(picture(run)))
             return 0
-        sys.stdout.write("\x1b[2J\x1b[H" + text + "\n")
+        columns = shutil.get_terminal_size().columns
+        # Cut, since lines that wrap would push the top out of sight.
+        lines = [line if len(line) <= columns else line[: columns - 1] + "…" for line in picture(run, columns - 60)]
+        sys.stdout.write("\x1b[2J\x1b[H" + "\n".join(lines) + "\n")
         sys.stdout.flush()
         if any(event["event"] == "done" for event in read_events(run)[-3:]):
             return 0
@@ -34,8 +38,13 @@ def picture(run: Path, width: int = 60) -> list[str]:
     for key, name in (("loss", "loss"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens/s")):
         values = [value for record in records if isinstance(value := record.get(key), (int, float))]
         if values:
-            lines.append(f"{name:14} {sparkline(values, width)}  {values[-1]:,.4g}")
+            course, low, high = sparkline(values, max(10, min(width, 120))), _short(min(values)), _short(max(values))
+            lines.append(f"{name:14} {course}  {_short(values[-1])} (from {low} to {high})")
     return [*lines, "", *describe(run)]
+
+
+def _short(value: float) -> str:
+    return format_count(value) if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def sparkline(values: list[float], width: int) -> str:

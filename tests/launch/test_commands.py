@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import slurm
+from launch import report, slurm
 from launch.machines import read_hostfile
 from launch.site import Site, Supervision, of_environment
 from launch.snapshot import environment as without_secrets
 from launch.target import newest_step, of_command
 from megalm.errors import MegalmError
+from megalm.metrics.events import LAUNCHER, write_event
 from tests.training.conftest import build_corpus, tree_of
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -66,11 +67,58 @@ def test_mistakes_are_said_before_anything_is_queued(launch: Launch, config: str
     wrong = said("submit", "--config", config, "--nodes", "3", "--gpus-per-node", "8", "--dry-run")
     assert wrong.startswith("train.global_batch_size 16 is not a multiple of train.micro_batch_size 2 x 24")
     assert said("submit", "--config", config, "--site-set", "partitoin=x", "--dry-run").startswith(
-        "--set partitoin=x: unknown key partitoin; did you mean partition?"
+        "--site-set partitoin=x: unknown key partitoin; did you mean partition?"
     )
     assert said("status", str(tmp_path)).startswith(f"{tmp_path} is not the folder of a run")
     assert said("job", "megalm/train.py").startswith("launch job runs inside a job of Slurm")
     assert said("submit", "--config", config, "--by", "submitit", "--dry-run").startswith("--by submitit needs a time")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("", "launch: name what to do, one of submit, local, deepspeed"),
+        ("sumbit --config x", "launch: there is no verb sumbit; did you mean submit?"),
+        ("submit --confg x", "launch submit has no option --confg; did you mean --config?"),
+        ("submit --config x --ndoes=4", "launch submit has no option --ndoes; did you mean --nodes?"),
+        (
+            "submit --config x --nodes 0",
+            "launch submit: --nodes: 0 is not a whole number from 1 on (launch",
+        ),
+        ("submit --config x --chain -3", "launch submit: --chain: -3 is not a whole number from 1 on"),
+        ("submit --config x --nodes", "launch submit: --nodes: expected one argument"),
+        ("submit --config /no/x.yaml", "config file /no/x.yaml does not exist"),
+        ("submit", "launch submit: the following arguments are required: --config"),
+        ("local --config x --ranks two", "launch local: --ranks: two is not a whole number from 1 on"),
+        ("local --config CONFIG --ranks 3 --dry-run", "train.global_batch_size 16 is not a multiple of"),
+        ("submit --config CONFIG --site /no/s.yaml", "site profile /no/s.yaml does not exist"),
+        ("submit --config CONFIG", "sbatch is not on this machine: run this on a login node, or use launch local"),
+        ("torchrun --config CONFIG --hostfile HOSTS", "HOSTS:1: 'a slots=0' is not NAME slots=N"),
+        (
+            "deepspeed --config CONFIG --hostfile /no/hosts",
+            "there is no hostfile /no/hosts: write one line",
+        ),
+        ("agent --join foo", "--join foo is not HOST:PORT"),
+        *((f"{verb} /no/run", "/no/run does not exist: name the folder") for verb in ("watch", "report", "cancel")),
+        ("cancel RUN", "scontrol is not on this machine: run this on a login node of the cluster"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, sentence: str
+) -> None:
+    from launch.__main__ import main
+
+    records(tmp_path / "done")
+    write_event(tmp_path / "done" / LAUNCHER, "submitted", job="7")
+    (tmp_path / "hosts").write_text("a slots=0\n")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm there
+    names = {"CONFIG": config, "HOSTS": str(tmp_path / "hosts"), "RUN": str(tmp_path / "done")}
+    for name, path in names.items():
+        arguments, sentence = arguments.replace(name, path), sentence.replace(name, path)
+    monkeypatch.setattr(sys, "argv", ["launch", *arguments.split()])
+    with pytest.raises(MegalmError) as refused:
+        main()
+    assert str(refused.value).startswith(sentence) and "\n" not in str(refused.value)
 
 
 def test_the_other_launchers(launch: Launch, config: str, tmp_path: Path) -> None:
@@ -196,13 +244,22 @@ def test_report_and_watch(launch: Launch, tmp_path: Path) -> None:
     assert said.returncode == 0, said.stderr
     text = (tmp_path / "run" / "launch" / "report.html").read_text()
     assert "http" not in text, "it is self-contained"
-    assert "failed at step 50" in text and "held out: web &lt;1&gt;" in text and "class=slow>1<" in text
+    assert "failed at step 50" in text and "held out: web &lt;1&gt;" in text and "<td class='rank slow'>1<" in text
+    assert "prefers-color-scheme: dark" in text and "name=viewport" in text
     pictures = [part.split("</svg>")[0] + "</svg>" for part in text.split("<svg ")[1:]]
     assert len(pictures) >= 4
     for picture in pictures:
-        ElementTree.fromstring("<svg " + picture.replace("role=img", "role='img'"))
+        ElementTree.fromstring("<svg " + picture)
     seen = launch("watch", str(tmp_path / "run")).stdout
     assert "step 100 of ?" in seen and "▁" in seen
+
+
+def test_axes_have_round_numbers() -> None:
+    assert [report._tick(value) for value in report._ticks(1, 24000, 6, whole=True)] == ["5K", "10K", "15K", "20K"]
+    assert [report._tick(value) for value in report._ticks(-1e-6, 3.1e-4, 5)] == ["0", "0.0001", "0.0002", "0.0003"]
+    assert report._ticks(1, 2, 6, whole=True) == [1, 2], "there is no step between two steps"
+    assert [report._tick(value) for value in report._powers(-0.7, 2.3)] == ["1", "10", "100"]
+    assert [report._tick(value) for value in report._powers(0.1, 1.4)] == ["2", "5", "10", "20"]
 
 
 def test_doctor_knows_the_wrong_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,13 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ class Cluster:
             "SLURM_LAB_STATE": str(self.state),
             "SLURM_LAB_NODES": str(self.nodes),
             "SLURM_LAB_GPUS": "0",
+            "SLURM_LAB_CONF": "KillWait=30",  # as Slurm has it by default
         }
         done = subprocess.run(
             ["bash", str(HERE / name), *arguments], env=os.environ | settings, capture_output=True, text=True
@@ -59,6 +62,17 @@ class Cluster:
         if done.returncode:
             raise RuntimeError(f"{command}: {done.stderr}")
         return done.stdout
+
+    @contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """slurmctld does not answer meanwhile."""
+        lines = (self.state / "pids").read_text().splitlines()
+        (process,) = (int(line.split()[0]) for line in lines if line.endswith(" slurmctld"))
+        os.kill(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(process, signal.SIGCONT)
 
     def job(self, number: str) -> dict[str, str]:
         return dict(re.findall(r"(\S+?)=(\S*)", self.call("scontrol", "--oneliner", "show", "job", number)))
@@ -158,6 +172,14 @@ class Experiment:
             return f"done {len(self.events('done'))} times"
         return ""
 
+    def apart(self, whole: "Experiment") -> str:
+        """What differs from a run that nothing happened to by more than another layout may, as far as this one goes;
+        empty if nothing does."""
+        ours, theirs = self.samples(), whole.samples()
+        if ours != {samples: theirs[samples] for samples in ours} or len(ours) != len(self.records()):
+            return "other samples"
+        return apart(self.records(), whole.records())
+
     def samples(self) -> dict[int, list[int]]:
         """Of the steps that stand: the numbers of the samples that all ranks took."""
         taken: dict[tuple[int, str], list[int]] = {}
@@ -170,6 +192,18 @@ class Experiment:
             if samples <= STEPS * BATCH:
                 found[samples] = sorted(found.get(samples, []) + numbers)
         return found
+
+
+def apart(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
+    """Which of loss and gradient norm are farther from those of the same steps in another layout than sums in another
+    order are; empty if none is. How far that is, is what holds for every change of a layout."""
+    from tests.training.test_another_layout import LOSS, NORM, worst
+
+    theirs = theirs[: len(ours)]
+    if [record["step"] for record in ours] != [record["step"] for record in theirs]:
+        return "other steps"
+    found = ((key, worst(ours, theirs, key), limit) for key, limit in (("loss", LOSS), ("grad_norm", NORM)))
+    return ", ".join(f"{key} off by {distance:.1e}" for key, distance, limit in found if distance > limit)
 
 
 def requeue(run: Experiment, job: str) -> None:

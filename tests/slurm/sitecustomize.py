@@ -3,12 +3,13 @@
 MEGALM_RECORD names a folder: every rank notes there which samples each of its steps takes, by number.
 MEGALM_PLANT is a list of faults, as JSON: {"rank": 3, "samples": 192, "do": "hang" | "kill" | "slow", "once": FILE}.
 One happens where the rank takes the samples up to that number (slow: those of every later step too), and if `once` is
-given, in the first process that comes there only.
+given, in the first process that comes there only. "node": "n2" instead of a rank means every rank on that node.
 """
 
 import json
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -30,7 +31,8 @@ def plant() -> None:
                 file.write(json.dumps({"samples": samples, "ids": ids}) + "\n")
         for fault in faults:
             late = samples > fault["samples"] and fault["do"] == "slow"
-            if fault["rank"] == rank and (late or samples == fault["samples"]):
+            here = fault["node"] == socket.gethostname() if "node" in fault else fault["rank"] == rank
+            if here and (late or samples == fault["samples"]):
                 happen(fault)
         return batches, state
 
