@@ -1,0 +1,43 @@
+"""All sides train the same model on the same text."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalm.errors import MegalmError
+from tests.benchmarks.scripts import FOLDER, script
+
+cpu_training, gpu_peers = script("cpu_training"), script("gpu_peers")
+
+
+def test_all_sides_train_the_same_model(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    command = [sys.executable, FOLDER / "gpu_peers.py", "--device", "cpu", "--preset", "tiny", "--precision", "fp32"]
+    done = subprocess.run([*command, "--quick", "--output", output], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "figures mean nothing for a GPU" in done.stdout
+    facts, found, ratios = [json.loads(line) for line in output.read_text().splitlines()]
+    assert facts["benchmark"] == "peers"
+    for side in gpu_peers.SIDES:
+        losses = found[side]["losses"]
+        assert len(losses) == 6 and len(found[side]["step_seconds"]) == 4, side
+        assert losses[-1] < losses[0] - 0.05, "a curve that does not move tells nothing"
+        assert losses == pytest.approx(found["megalm"]["losses"], rel=1e-4)
+        assert f"megalm / {side} = " in done.stdout or side == "megalm"
+    assert ratios["ratios"].keys() == {"trainer", "deepspeed"}
+
+
+def test_a_side_with_another_curve_is_refused() -> None:
+    found = {side: {"losses": [6.2, 6.1]} for side in gpu_peers.SIDES}
+    cpu_training.compare_losses(found, "bf16")
+    found["deepspeed"] = {"losses": [6.2, 6.14]}
+    with pytest.raises(MegalmError, match="deepspeed does not train the same model"):
+        cpu_training.compare_losses(found, "bf16")
+
+
+def test_the_ratio_is_the_median_of_rounds() -> None:
+    rounds = [{"megalm": {"tokens_per_second": rate}, "trainer": {"tokens_per_second": 2.0}} for rate in (2, 3, 10)]
+    assert gpu_peers.median_ratio(rounds, "trainer") == 1.5
