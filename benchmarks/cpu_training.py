@@ -314,6 +314,9 @@ def transformers_model(config: RunConfig) -> Any:
     architecture = architectures.of_model(ours)
     theirs = architecture.write(ours)
     kind = transformers.AutoConfig.for_model(theirs.pop("model_type"), use_cache=False, **theirs)
+    for name in vars(kind):
+        if name.endswith(("dropout", "pdrop")):  # GPT-2's are 0.1 unless told otherwise
+            setattr(kind, name, 0.0)
     model = getattr(transformers, architecture.model_class)(kind)
     weights = build_model(decoder(ours, Layers(), seed=0), config.run.seed).named_weights()
 

@@ -64,10 +64,12 @@ def main() -> int:
     until = time.time() + 60 * arguments.minutes
     failed = 0
     for preset, more in jobs:
-        command = [sys.executable, __file__, *sys.argv[1:], "--until", str(until), "--worker", preset]
-        left = until - time.time()
+        command = [sys.executable, __file__, *sys.argv[1:], *more, "--until", str(until), "--worker", preset]
+        if time.time() > until:
+            print(f"{preset}: not begun, --minutes {arguments.minutes:g} are over")
+            continue
         try:
-            failed += subprocess.run([*command, *more], timeout=max(left, 1)).returncode != 0
+            failed += subprocess.run(command, timeout=until - time.time()).returncode != 0
         except subprocess.TimeoutExpired:
             print(f"{preset}: stopped after --minutes {arguments.minutes:g}; what was measured is in the file")
     return 1 if failed else 0
@@ -119,11 +121,11 @@ def work(arguments: argparse.Namespace) -> int:
             config = read_config(arguments.worker, *changes, *more, steps=steps)
             row = {"settings": [*changes, *more], **try_rung(config, joined, device, arguments.warmup, available)}
         if "losses" in row:
-            # documents that do not see one another have another loss
-            reference = None if config.segmented != base.segmented else first_loss
-            if problem := fault(row["losses"], reference):
+            alike = config.segmented == base.segmented  # documents that do not see one another have another loss
+            if problem := fault(row["losses"], first_loss if alike else None):
                 row["wrong"], wrong = problem, wrong + 1
-            first_loss = first_loss or row["losses"][0]
+            if alike and first_loss is None:
+                first_loss = row["losses"][0]
         results.write(model=name, rung=rung, **row)
         show(name, rung, row)
         slowest = max(slowest, time.time() - started)
