@@ -216,7 +216,7 @@ def _unchanged(plan: Plan, parts: Sequence[Sequence[tuple[int, File]]]) -> None:
     if not changed:
         return
     first, root = changed[0], plan.folder.root
-    more = f" (and {len(changed) - 1} others)" if len(changed) > 1 else ""
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
     way_out = "put it back as it was"
     if first not in now:
         (path, _, _), what = before[first], "is gone"

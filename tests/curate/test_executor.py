@@ -246,7 +246,7 @@ def test_a_file_of_the_sources_that_has_changed_is_refused_by_its_name(whole: Re
     refused(f"{inputs / 'new.jsonl'} is new", "take it away")
     (inputs / "new.jsonl").rename(inputs / "newer.jsonl")
     path.rename(inputs / "1.txt")
-    refused(f"{inputs / 'newer.jsonl'} (and 1 others) is new")
+    refused(f"{inputs / 'newer.jsonl'} (and 1 more) is new")
     (inputs / "newer.jsonl").unlink()
     refused(f"{path} is gone", "put it back")
 
