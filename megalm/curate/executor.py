@@ -58,6 +58,7 @@ def run_phase(plan: Plan, number: int, tasks: Sequence[int], workers: int) -> No
     todo = [task for task, (done, _, _) in states.items() if not done]
     if not todo:
         return
+    plan.check()
     with _Meter(plan, number, tasks, states) as meter:
         failures = (_here if workers == 1 else _in_processes)(plan, number, todo, workers, meter.report)
     print(meter.table(), file=sys.stderr, flush=True)
@@ -82,6 +83,8 @@ def merge(plan: Plan, number: int) -> None:
         (unfinished / "verdicts").mkdir(parents=True)
         said = step.merge(sorted(plan.folder.sketches(number - 1).glob("*.bin")), unfinished / "verdicts")
         write_whole(unfinished / "summary.json", audit.dumped(said))
+        for path in (*unfinished.rglob("*"), unfinished):
+            sync(path)  # what the step wrote: when the folder has its name, the next phase trusts all that is in it
         unfinished.rename(folder)
         sync(folder.parent)
         shutil.rmtree(plan.folder.sketches(number - 1), ignore_errors=True)

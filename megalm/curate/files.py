@@ -29,9 +29,18 @@ def writing(place: Path) -> Iterator[None]:
         ) from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing: under their names, on the disk, when this returns. Raises
+    OSError."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
 def write_whole(path: Path, content: str) -> None:
     """Write a small text file: on the disk and under its name when this returns. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with partial.open("w", encoding="utf-8") as stream:
@@ -48,7 +57,7 @@ class ChunkFile:
     """A file in the making. It is under its name after commit(), and only then."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self.path = path
         self._partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
         self._stream = self._partial.open("wb")

@@ -11,8 +11,9 @@ DIRECTORY/work/                       states, documents between phases, sketches
 
 import hashlib
 import json
+import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import yaml
 from megalm.config import dump
 from megalm.curate.files import PARTIAL, write_whole, writing
 from megalm.curate.recipe import Recipe, build, phases
-from megalm.curate.sources import File, list_files
+from megalm.curate.sources import File, is_url, list_files
 from megalm.errors import MegalmError
 
 SMALLEST_PART = 16 * 2**20
@@ -94,6 +95,8 @@ class Plan:
     bytes: int
     left_out: dict[str, dict[str, int]]
     """Of each source, what of its folders was not taken, by reason."""
+    digests: dict[str, str]
+    """Of the files that steps read and of the tokenizer of the shards, by path: hashes of what they hold."""
 
     def items(self, task: int) -> Iterator[tuple[int, File]]:
         """(index of the source, file) of a task, in order."""
@@ -101,6 +104,16 @@ class Plan:
             for line in stream:
                 record = json.loads(line)
                 yield record.pop("source"), File(**record)
+
+    def check(self) -> None:
+        """Raise MegalmError if what steps read is not what it was when the run was begun."""
+        now = _digests(self.recipe)
+        for path, digest in self.digests.items():
+            if now[path] != digest:
+                raise MegalmError(
+                    f"{path}, which decides what is kept or how it is written, has changed since {self.folder.root} "
+                    "was begun: put it back as it was, or name another directory to begin again with it"
+                )
 
 
 def prepare(recipe: Recipe) -> Plan:
@@ -110,24 +123,21 @@ def prepare(recipe: Recipe) -> Plan:
     no file.
     """
     folder = Folder(Path(recipe.directory))
-    wanted = [recipe.audit.tokenizer, recipe.output.shards.tokenizer if recipe.output.shards is not None else None]
-    for path in filter(None, wanted):
+    digests = _digests(recipe)
+    if recipe.audit.tokenizer:
         from megalm.tokenizer.load import load
 
-        load(path)  # before hours of work that would end at it
+        load(recipe.audit.tokenizer)  # before hours of work that would end at it
     if folder.recipe.exists():
         _compare(folder, recipe)
     elif folder.root.is_dir() and any(not path.name.startswith(".") for path in folder.root.iterdir()):
         raise MegalmError(f"{folder.root} holds something else than a recipe's output: name another directory")
-    parts, left_out, fingerprint = _parts(recipe)
+    parts, left_out = _parts(recipe)
     if folder.plan.exists():
-        made = json.loads(folder.plan.read_text(encoding="utf-8"))
-        if made["fingerprint"] != fingerprint:
-            raise MegalmError(
-                f"the files of the sources have changed since {folder.root} was begun: restore them, or name another "
-                "directory for the new ones"
-            )
-        return opened(recipe)
+        plan = opened(recipe)
+        _unchanged(plan, parts)
+        plan.check()
+        return plan
     with writing(folder.root):
         for place in (folder.root, folder.plan.parent):
             for partial in place.glob(f".*{PARTIAL}"):  # of a process that was killed
@@ -137,14 +147,14 @@ def prepare(recipe: Recipe) -> Plan:
             lines = [json.dumps({"source": index, **asdict(file)}, ensure_ascii=False) for index, file in items]
             write_whole(folder.task(task), "".join(line + "\n" for line in lines))
         whole = [file for items in parts for _, file in items if not file.start]
-        plan = {
+        made = {
             "tasks": len(parts),
             "files": len(whole),
             "bytes": sum(file.size for items in parts for _, file in items),
             "left_out": {name: dict(counts) for name, counts in left_out.items()},
-            "fingerprint": fingerprint,
+            "digests": digests,
         }
-        write_whole(folder.plan, json.dumps(plan, indent=1) + "\n")  # the last one: with it the plan is whole
+        write_whole(folder.plan, json.dumps(made, indent=1) + "\n")  # the last one: with it the plan is whole
     return opened(recipe)
 
 
@@ -155,7 +165,12 @@ def opened(recipe: Recipe) -> Plan:
         made: dict[str, Any] = json.loads(folder.plan.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MegalmError(f"{folder.root} has no plan yet: run tools/curate.py --config RECIPE first") from None
-    known = ("tasks", "files", "bytes", "left_out")
+    known = ("tasks", "files", "bytes", "left_out", "digests")
+    if missing := [name for name in known if name not in made]:
+        raise MegalmError(
+            f"{folder.plan} says nothing of {missing[0]}: another version of megalm made it; end the run with that one "
+            "or name another directory"
+        )
     return Plan(recipe, folder, phases=phases(build(recipe.steps)), **{name: made[name] for name in known})
 
 
@@ -172,8 +187,63 @@ def _compare(folder: Folder, recipe: Recipe) -> None:
         )
 
 
-def _parts(recipe: Recipe) -> tuple[list[list[tuple[int, File]]], dict[str, Counter[str]], str]:
-    """The (source, file) pairs of each task, what was left out of each source, and a hash of it all.
+def _digests(recipe: Recipe) -> dict[str, str]:
+    """Plan.digests, as the files are now. Raises MegalmError for one that cannot be read: before hours of work that
+    would end at it."""
+    found = {}
+    for index, step in enumerate(build(recipe.steps)):
+        for path in step.files():
+            try:
+                with open(path, "rb") as stream:
+                    found[path] = hashlib.file_digest(stream, "blake2b").hexdigest()
+            except OSError as error:
+                raise MegalmError(
+                    f"steps.{index} ({step.kind}) needs {path}, which cannot be read ({error.strerror}): correct the "
+                    "path"
+                ) from None
+    if recipe.output.shards is not None:
+        from megalm.tokenizer.load import load
+
+        found[recipe.output.shards.tokenizer] = load(recipe.output.shards.tokenizer).fingerprint
+    return found
+
+
+def _unchanged(plan: Plan, parts: Sequence[Sequence[tuple[int, File]]]) -> None:
+    """Raise MegalmError, naming a file, if those of the sources are not those of the plan."""
+    planned = (item for task in range(plan.tasks) for item in plan.items(task))
+    before, now = _whole(planned), _whole(item for items in parts for item in items)
+    changed = [each for each in now if now[each] != before.get(each)] + [each for each in before if each not in now]
+    if not changed:
+        return
+    first, root = changed[0], plan.folder.root
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    way_out = "put it back as it was"
+    if first not in now:
+        (path, _, _), what = before[first], "is gone"
+    elif first not in before:
+        (path, _, _), what, way_out = now[first], "is new", "take it away"
+    else:
+        (path, size, _), what = now[first], "has changed"
+        _, old_size, old = before[first]
+        if size == old_size and not is_url(path):
+            seconds, rest = divmod(int(old), 10**9)
+            way_out += f" (if only its time is another: touch -d @{seconds}.{rest:09d} {shlex.quote(path)})"
+    raise MegalmError(
+        f"{path}{more} {what} since {root} was begun: {way_out}, or name another directory for what is there now"
+    )
+
+
+def _whole(parts: Iterable[tuple[int, File]]) -> dict[tuple[int, str], tuple[str, int, str]]:
+    """(index of the source, name) -> (path, bytes, File.modified) of whole files."""
+    files: dict[tuple[int, str], tuple[str, int, str]] = {}
+    for index, file in parts:
+        _, size, _ = files.get((index, file.name), ("", 0, ""))
+        files[index, file.name] = file.path, size + file.size, file.modified
+    return files
+
+
+def _parts(recipe: Recipe) -> tuple[list[list[tuple[int, File]]], dict[str, Counter[str]]]:
+    """The (source, file) pairs of each task, and what was left out of each source.
 
     Tasks are runs of the files in order, of about as many bytes.
     """
@@ -182,9 +252,6 @@ def _parts(recipe: Recipe) -> tuple[list[list[tuple[int, File]]], dict[str, Coun
     for index, source in enumerate(recipe.sources):
         found, left_out[source.name] = list_files(source, f"sources.{index}")
         files += [(index, file) for file in found]
-    content = hashlib.blake2b(digest_size=16)
-    for index, file in files:
-        content.update(json.dumps([index, file.name, file.format, file.size]).encode())
     total = sum(file.size for _, file in files) or 1
     largest = max(total // recipe.tasks, SMALLEST_PART)
     pieces = [(index, piece) for index, file in files for piece in _cut(file, largest)]
@@ -194,7 +261,7 @@ def _parts(recipe: Recipe) -> tuple[list[list[tuple[int, File]]], dict[str, Coun
         share = (passed + piece.size / 2) / total if total > 1 else number / len(pieces)
         tasks.setdefault(min(int(share * recipe.tasks), recipe.tasks - 1), []).append((index, piece))
         passed += piece.size
-    return list(tasks.values()), left_out, content.hexdigest()
+    return list(tasks.values()), left_out
 
 
 def _cut(file: File, largest: int) -> list[File]:

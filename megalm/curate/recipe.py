@@ -119,8 +119,9 @@ class Recipe(Config):
     """What is done to them, in order: `kind` and the step's own keys."""
     output: Output = Output()
     """What is written."""
-    tasks: PositiveInt = 64
-    """Parts that the sources are split into; as many processes can work at once."""
+    tasks: int = Field(64, ge=1, le=100_000)
+    """Parts that the sources are split into; as many processes can work at once. At most 100,000: files are named and
+    put in order by five digits of the task, and each task has a state that every report reads."""
     batches: Batches = Batches()
     """How much is done at a time."""
     audit: Audit = Audit()

@@ -4,7 +4,7 @@ import glob
 import importlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
@@ -88,6 +88,9 @@ class File:
     name: str
     format: str
     size: int
+    modified: str = ""
+    """What changes with the content: the time in nanoseconds of a local file, a tag or time of a remote one; empty
+    where the storage tells none."""
     start: int = 0
     """Of the part, in the reader's positions."""
     stop: int | None = None
@@ -112,21 +115,20 @@ def list_files(source: Source, key: str) -> tuple[list[File], Counter[str]]:
     known format.
     """
     left_out: Counter[str] = Counter()
-    found: dict[str, int] = {}
+    found: dict[str, tuple[str, int, str]] = {}
     for path in [source.path] if isinstance(source.path, str) else source.path:
-        before = len(found)
-        # One file under two spellings of its path would be two documents of one id.
-        each = _find(path, source, key, left_out)
-        found.update((name if is_url(name) else os.path.normpath(name), size) for name, size in each)
-        if len(found) == before:
+        each = list(_find(path, source, left_out))
+        if not each:
             more = f" ({dict(left_out)})" if left_out else ""
             raise MegalmError(f"{key}.path {path} names no file that can be read{more}: correct the path or the format")
+        for spelled, size, modified in each:
+            found.setdefault(_absolute(spelled), (spelled, size, modified))
     files = []
-    for path, name in zip(found, _names(list(found))):
+    for name, (path, size, modified) in zip(_names(found), found.values()):
         kind = source.format if source.format != "auto" else format_of(path)
         if kind is None:
             raise MegalmError(f"{key}: the format of {path} is not known by its name: give the source a format")
-        files.append(File(path, name, kind, found[path]))
+        files.append(File(path, name, kind, size, modified))
     return sorted(files, key=lambda file: file.name), left_out
 
 
@@ -142,8 +144,9 @@ def _suffix(path: str) -> str:
     return PurePosixPath(pure.stem).suffix if pure.suffix in COMPRESSIONS else pure.suffix
 
 
-def _find(path: str, source: Source, key: str, left_out: Counter[str]) -> Iterator[tuple[str, int]]:
-    """(path, bytes) of the files that `path` names. A file that is named itself is taken whatever its extension."""
+def _find(path: str, source: Source, left_out: Counter[str]) -> Iterator[tuple[str, int, str]]:
+    """(path, bytes, File.modified) of the files that `path` names. A file that is named itself is taken whatever its
+    extension."""
     if is_url(path):
         system = _file_system(path)
         matches = sorted(system.glob(path)) if glob.has_magic(path) else [path]
@@ -153,9 +156,9 @@ def _find(path: str, source: Source, key: str, left_out: Counter[str]) -> Iterat
                 details = system.find(match, detail=True)
                 for inner, about in sorted(details.items()):
                     if _wanted(inner, source, left_out):
-                        yield system.unstrip_protocol(inner), int(about.get("size") or 0)
+                        yield system.unstrip_protocol(inner), *_told(about)
             elif system.exists(match):
-                yield whole, int(system.size(match) or 0)
+                yield whole, *_told(system.info(match))
         return
     for match in sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]:
         if os.path.isdir(match):
@@ -167,9 +170,22 @@ def _find(path: str, source: Source, key: str, left_out: Counter[str]) -> Iterat
                     if not os.path.isfile(inner):
                         left_out["broken links and no regular files"] += 1
                     elif _wanted(inner, source, left_out):
-                        yield inner, os.path.getsize(inner)
+                        yield inner, *_stated(inner)
         elif os.path.exists(match):
-            yield match, os.path.getsize(match)
+            yield match, *_stated(match)
+
+
+def _stated(path: str) -> tuple[int, str]:
+    about = os.stat(path)
+    return about.st_size, str(about.st_mtime_ns)
+
+
+_TAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "Last-Modified", "updated")
+
+
+def _told(about: Mapping[str, Any]) -> tuple[int, str]:
+    """Of what a remote storage says: each calls its tags and times by names of its own."""
+    return int(about.get("size") or 0), next((str(about[tag]) for tag in _TAGS if about.get(tag)), "")
 
 
 def _wanted(path: str, source: Source, left_out: Counter[str]) -> bool:
@@ -191,15 +207,21 @@ def _wanted(path: str, source: Source, left_out: Counter[str]) -> bool:
     return good
 
 
-def _names(paths: Sequence[str]) -> list[str]:
-    """Each path below the deepest folder that holds all of them."""
-    bare = [path.partition("://")[2] if is_url(path) else path for path in paths]
-    folders = {path.rpartition("/")[0] for path in bare}
-    protocols = {path.partition("://")[0] if is_url(path) else "" for path in paths}
-    if len(protocols) > 1 or len({folder.startswith("/") for folder in folders}) > 1:
-        return list(paths)
-    root = os.path.commonpath(folders)
-    return [os.path.relpath(path, root) if root else path for path in bare]
+def _absolute(path: str) -> str:
+    """By which a file is known: under two spellings of its path it would be twice there. Links are two files."""
+    path = path.removeprefix("file://")
+    return path if is_url(path) else os.path.abspath(path)
+
+
+def _names(paths: Iterable[str]) -> list[str]:
+    """Each absolute path below the deepest folder that holds all of its protocol, so that no two are the same; where
+    there are several protocols, with its own."""
+    parted = [path.partition("://") if is_url(path) else ("", "", path) for path in paths]
+    folders: dict[str, list[str]] = {}
+    for protocol, _, path in parted:
+        folders.setdefault(protocol, []).append(path[: path.rfind("/") + 1])
+    shared = {protocol: os.path.commonprefix(each).rfind("/") + 1 for protocol, each in folders.items()}
+    return [(protocol + mark if len(shared) > 1 else "") + path[shared[protocol] :] for protocol, mark, path in parted]
 
 
 def _file_system(path: str) -> Any:

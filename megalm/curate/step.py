@@ -24,6 +24,11 @@ class Step(ABC):
         """Load models and compile loops, once in a process, before its first batch: so that the time this takes is not
         taken for the step's rate. Of a merging step: what sketch() needs."""
 
+    def files(self) -> Sequence[str]:
+        """Files that decide what the step does, such as lists and models: a run that goes on must find them as they
+        were."""
+        return ()
+
     @abstractmethod
     def apply(self, documents: Sequence[Document]) -> list[Rejection | None]:
         """Change documents in place (text, metadata); why each is rejected, or None where it goes on."""

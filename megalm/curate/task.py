@@ -360,7 +360,7 @@ class Phase:
         name = f"step {failed.index} ({failed.kind})" if failed.index >= 0 else failed.kind
         return MegalmError(
             f"{name} failed on {culprit}, in task {task}: {type(error).__name__}{': ' if said else ''}{said}; where in "
-            f"the code: {path}. Mend the step or the document and run the same command again: it continues there"
+            f"the code: {path}. Mend the step and run the same command again: it continues there"
         )
 
     def _alone(self, document: Document, failed: StepFailed) -> None:

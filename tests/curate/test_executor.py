@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -129,7 +130,7 @@ def test_a_command_on_two_processes_that_is_killed_continues(
     while not list(state.glob("*.json")) and running.poll() is None:
         time.sleep(0.005)
     running.kill()
-    running.wait()
+    assert running.wait() == -signal.SIGKILL, "it has not ended before"
     ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert f"300 documents read, {len(written(whole))} written" in ended.stdout and "audit.html" in ended.stdout
@@ -189,9 +190,10 @@ def test_a_step_that_raises_names_the_document(make_recipe: MakeRecipe, inputs: 
     whole = make_recipe("healthy", steps=steps)
     executor.run(whole, 1)
 
-    # As long as before, so that the files are the same to the plan.
+    before = (inputs / "3.jsonl").stat()
     poisoned = [line.replace("number 27 ", "poison 27 ") for line in lines]
     (inputs / "3.jsonl").write_text("\n".join(poisoned))
+    os.utime(inputs / "3.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))  # the same to the plan
     recipe = make_recipe("poisoned", steps=steps)
     position = sum(len(line) + 1 for line in poisoned[:27])
     with pytest.raises(
@@ -202,6 +204,7 @@ def test_a_step_that_raises_names_the_document(make_recipe: MakeRecipe, inputs: 
     assert "cannot be borne" in next((Path(recipe.directory) / "work" / "failures").iterdir()).read_text()
     assert written(recipe), "other tasks have gone on"
     (inputs / "3.jsonl").write_text("\n".join(lines))
+    os.utime(inputs / "3.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
     executor.run(recipe, 1)
     assert contents(recipe) == contents(whole)
 
@@ -212,17 +215,132 @@ def test_what_cannot_be_written_names_the_document(make_recipe: MakeRecipe) -> N
             executor.run(make_recipe(f"spoilt {len(steps)}", steps=steps), 1)
 
 
-def test_another_recipe_or_other_files_are_refused(make_recipe: MakeRecipe, whole: Recipe, inputs: Path) -> None:
+def test_another_recipe_is_refused(make_recipe: MakeRecipe, whole: Recipe) -> None:
     with pytest.raises(MegalmError, match=r"begun with another recipe \(steps differ\)"):
         executor.run(make_recipe("whole", steps=[]), 1)
-    with (inputs / "1.jsonl").open("a") as stream:
-        stream.write("{}\n")
-    with pytest.raises(MegalmError, match="files of the sources have changed"):
-        executor.run(whole, 1)
     (Path(whole.directory).parent / "precious").mkdir()
     (Path(whole.directory).parent / "precious" / "file").touch()
     with pytest.raises(MegalmError, match="holds something else"):
         executor.run(make_recipe("precious"), 1)
+
+
+def test_a_file_of_the_sources_that_has_changed_is_refused_by_its_name(whole: Recipe, inputs: Path) -> None:
+    def refused(*words: str) -> str:
+        with pytest.raises(MegalmError) as told:
+            executor.run(whole, 1)
+        assert all(word in str(told.value) for word in (*words, "or name another directory")), told.value
+        return str(told.value)
+
+    path = inputs / "1.jsonl"
+    content, times = path.read_bytes(), path.stat()
+    path.write_bytes(content + b"{}\n")
+    assert "touch" not in refused(f"{path} has changed since", "put it back as it was")
+    path.write_bytes(content.replace(b"alpha", b"ALPHA", 1))  # as long as before
+    sentence = refused(f"{path} has changed since", "if only its time is another: touch -d @")
+    path.write_bytes(content)
+    subprocess.run(re.search(r"touch [^)]+", sentence).group(), shell=True, check=True)
+    assert path.stat().st_mtime_ns == times.st_mtime_ns
+    executor.run(whole, 1)
+
+    (inputs / "new.jsonl").write_bytes(content)
+    refused(f"{inputs / 'new.jsonl'} is new", "take it away")
+    (inputs / "new.jsonl").rename(inputs / "newer.jsonl")
+    path.rename(inputs / "1.txt")
+    refused(f"{inputs / 'newer.jsonl'} (and 1 more) is new")
+    (inputs / "newer.jsonl").unlink()
+    refused(f"{path} is gone", "put it back")
+
+
+def test_a_part_of_a_file_is_no_change(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes are compared by files, whose parts several tasks may have."""
+    monkeypatch.setattr("megalm.curate.plan.SMALLEST_PART", 1000)
+    plan = prepare(make_recipe(tasks=7))
+    assert plan.tasks == 7 and any(file.start for task in range(7) for _, file in plan.items(task))
+    assert prepare(make_recipe(tasks=7)) == plan
+
+
+def test_a_file_of_a_step_that_has_changed_is_refused_by_its_name(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    steps = [{"kind": f"{STEPS}:FirstOnly"}, {"kind": "domains", "block_files": [str(path)]}]
+    with pytest.raises(MegalmError, match=rf"steps.1 \(domains\) needs {path}, which cannot be read"):
+        prepare(make_recipe(steps=steps))
+    path.write_text("example.com\n")
+    recipe = make_recipe(steps=steps)
+    plan = prepare(recipe)
+    executor.run_phase(plan, 0, range(plan.tasks), 1)
+    executor.merge(plan, 1)
+    times = path.stat()
+    path.write_text("example.org\n")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # its content decides
+    # As the whole command, and as a job of Slurm that has waited.
+    for go_on in (lambda: executor.run(recipe, 1), lambda: executor.run_phase(plan, 1, range(plan.tasks), 1)):
+        with pytest.raises(
+            MegalmError, match=f"{path}, which decides .* has changed .* put it back as it was, or name"
+        ):
+            go_on()
+    path.write_text("example.com\n")
+    executor.run(recipe, 1)
+
+
+def test_every_step_names_the_files_that_it_reads() -> None:
+    """By the settings whose names or descriptions speak of files."""
+    from megalm.curate.steps.registry import KINDS, step_class
+
+    reading = {}
+    for kind in KINDS:
+        fields = step_class(kind).Settings.model_fields
+        named = [name for name, field in fields.items() if re.search(r"\b[Ff]iles?\b", field.description or "")]
+        settings = {name: f"/{name}" if fields[name].annotation is str else [f"/{name}"] for name in named}
+        if named and kind not in ("exact_substrings", "near_duplicates"):  # files of their own
+            step = step_class(kind)(step_class(kind).Settings(**settings))
+            reading[kind] = sorted(step.files())
+            assert reading[kind] == sorted(f"/{name}" for name in named), kind
+    assert {*reading} == {"domains", "quality_classifier", "decontaminate"}
+
+
+def test_a_tokenizer_that_has_changed_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    from megalm.tokenizer.train import train
+
+    texts = ["some words of no great meaning " + "".join(map(chr, range(97, 123)))] * 30
+    train(lambda: texts, 300).save(tmp_path / "tokenizer")
+    recipe = make_recipe(output={"shards": {"tokenizer": str(tmp_path / "tokenizer")}})
+    prepare(recipe)
+    prepare(recipe)
+    (tmp_path / "tokenizer").rename(tmp_path / "old")
+    train(lambda: texts, 301).save(tmp_path / "tokenizer")
+    with pytest.raises(MegalmError, match=f"{tmp_path / 'tokenizer'}, which decides .* has changed"):
+        prepare(recipe)
+
+
+def test_what_a_merge_decided_is_on_the_disk_before_it_counts(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut keeps what was synced, and a name that was synced with its folder."""
+    plan = prepare(make_recipe())
+    executor.run_phase(plan, 0, range(plan.tasks), 1)
+    folder = plan.folder.merged(1)
+    fsync, rename = os.fsync, Path.rename
+    on_disk: dict[str, int] = {}
+
+    def recorded(descriptor: int) -> None:
+        on_disk[os.readlink(f"/proc/self/fd/{descriptor}")] = os.fstat(descriptor).st_mtime_ns
+        fsync(descriptor)
+
+    def checked(path: Path, target: Path) -> Path:
+        if target == folder:
+            for each in (path, *path.rglob("*")):
+                renamed = each.with_name(
+                    f".{each.name}.{os.getpid()}.partial"
+                )  # of a file that took its name when whole
+                assert each.stat().st_mtime_ns in (on_disk.get(str(each)), on_disk.get(str(renamed))), each
+            checks.append(path)
+        return rename(path, target)
+
+    checks: list[Path] = []
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(Path, "rename", checked)
+    executor.merge(plan, 1)
+    assert checks and str(folder.parent) in on_disk and (folder / "verdicts" / "repeated").stat().st_size
 
 
 def test_a_second_run_is_kept_out(make_recipe: MakeRecipe) -> None:
@@ -344,3 +462,13 @@ def test_an_empty_end_is_told(make_recipe: MakeRecipe, capsys: pytest.CaptureFix
     executor.run(recipe, 1)
     assert "no document has passed all steps" in capsys.readouterr().err
     assert not written(recipe)
+
+
+def test_the_most_tasks_have_names_that_are_in_order(make_recipe: MakeRecipe) -> None:
+    most = 100_000
+    recipe = make_recipe(tasks=most)
+    folder = prepare(recipe).folder
+    names = [folder.task(task).name for task in range(most)]
+    assert names == sorted(names)
+    with pytest.raises(ValueError, match="less than or equal to 100000"):
+        make_recipe(tasks=most + 1)

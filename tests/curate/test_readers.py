@@ -376,3 +376,40 @@ def test_wet(tmp_path: Path) -> None:
     found = read(path)
     assert [each.text for each in documents(found)] == ["网页的文字"] and reasons(found) == ["not UTF-8"]
     assert_resumes(path)
+
+
+def test_files_of_one_name_have_ids_of_their_own(tmp_path: Path) -> None:
+    for name in ("a/x.jsonl", "b/x.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text('{"text": "same"}\n')
+    (tmp_path / "a" / "x.jsonl.gz").write_bytes(gzip.compress(b'{"text": "same"}\n'))
+    given = Source(name="s", path=str(tmp_path))
+    files, _ = list_files(given, "sources.0")
+    ids = [found.id for file in files for found in documents(list(open_reader(given, file).read()))]
+    assert ids == ["s/a/x.jsonl@0", "s/a/x.jsonl.gz@0", "s/b/x.jsonl@0"]
+
+
+def test_one_file_under_several_spellings_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(*paths: str) -> list[str]:
+        return [file.name for file in list_files(Source(name="s", path=[*paths]), "sources.0")[0]]
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for name in ("a/x.jsonl", "b/x.jsonl"):
+        (tmp_path / name).write_text('{"text": "same"}\n')
+    monkeypatch.chdir(tmp_path)
+    absolute = tmp_path / "a" / "x.jsonl"
+    assert names("a/x.jsonl", str(absolute), "b/../a//x.jsonl", f"file://{absolute}", "a/*.jsonl") == ["x.jsonl"]
+    # And the same on every machine, however some paths are written.
+    assert names("a/x.jsonl", str(tmp_path / "b")) == names("a", "b") == ["a/x.jsonl", "b/x.jsonl"]
+    with pytest.raises(MegalmError, match="sources.0.path c names no file"):
+        names("a", "c")
+
+
+def test_names_of_remote_files_keep_what_tells_them_apart() -> None:
+    from megalm.curate.sources import _names
+
+    assert _names(["s3://b/a//x", "s3://b/a/x"]) == ["/x", "x"]
+    assert _names(["s3://b/x", "s3://c/x"]) == ["b/x", "c/x"]
+    assert _names(["/d/in/x", "s3://b/x", "/d/in/y"]) == ["x", "s3://x", "y"]
+    assert _names(["http://h/get?of=http://g/x", "http://h/y"]) == ["get?of=http://g/x", "y"]

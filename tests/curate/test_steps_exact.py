@@ -1,16 +1,19 @@
 """Exact duplicates: documents, paragraphs, lines and passages, against what sets and plain search find."""
 
+import os
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megalm.curate.document import Document
 from megalm.curate.step import Merging
+from megalm.curate.steps import records
 from megalm.curate.steps.exact_documents import ExactDocuments, ExactDocumentsSettings
 from megalm.curate.steps.exact_paragraphs import ExactParagraphs, ExactParagraphsSettings
 from megalm.curate.steps.exact_substrings import ExactSubstrings, ExactSubstringsSettings
-from megalm.curate.steps.records import Verdicts
+from megalm.curate.steps.records import Groups, Verdicts
 from megalm.errors import MegalmError
 from tests.curate.small_steps import merged
 
@@ -153,3 +156,58 @@ def test_a_sketch_that_is_cut_off_is_refused(tmp_path):
             step.merge([sketch], tmp_path / step.kind)
         with pytest.raises(MegalmError, match="merge the sketches first"):
             step.judge(tmp_path / step.kind)
+
+
+@pytest.mark.parametrize("expected", [0, 3000])
+def test_groups_hold_their_bound_whatever_the_number_of_records(expected, tmp_path, monkeypatch):
+    """More records than were expected, or than the most parts have room for, are cut again: what is in memory at once
+    and how many files are open do not grow with them."""
+    monkeypatch.setattr(records, "_MOST_PARTS", 4)
+    dtype, memory = np.dtype([("key", "<u8"), ("place", "<u8")]), 4000
+    draw = np.random.default_rng(0)
+    most = {}
+    for count in (300, 3000):
+        given = np.empty(count, dtype)
+        given["key"], given["place"] = draw.integers(0, 2**64, count, np.uint64), np.arange(count)
+        given["key"][::2] = draw.choice(given["key"][::2], count // 2)  # equal ones
+        with Groups(tmp_path / "scratch", dtype, "key", expected, memory) as groups:
+            for begin in range(0, count, 100):
+                groups.add(given[begin : begin + 100])
+            opened, parts = [len(os.listdir("/proc/self/fd"))], []
+            for part in groups.parts():
+                assert part.nbytes * 4 <= memory
+                parts.append(part)
+                opened.append(len(os.listdir("/proc/self/fd")))
+        assert not (tmp_path / "scratch").exists()
+        assert np.array_equal(np.concatenate(parts), given[np.argsort(given["key"], kind="stable")])
+        most[count] = max(opened) - opened[0]
+    assert most[3000] <= most[300] <= 4
+
+
+def test_records_of_one_key_stay_together(tmp_path, monkeypatch):
+    """However many they are, and the others are cut from them."""
+    monkeypatch.setattr(records, "_MOST_PARTS", 4)
+    dtype = np.dtype([("key", "<u8"), ("place", "<u8")])
+    given = np.empty(2000, dtype)
+    given["key"], given["place"] = 2**63 + np.arange(2000, dtype=np.uint64) % 3 * 7, np.arange(2000)
+    with Groups(tmp_path / "scratch", dtype, "key", 0, 4000) as groups:
+        groups.add(given)
+        parts = list(groups.parts())
+    assert [{*part["key"].tolist()} for part in parts if len(part)] == [{2**63}, {2**63 + 7}, {2**63 + 14}]
+    assert all((np.diff(part["place"].astype(np.int64)) > 0).all() for part in parts)
+
+
+def test_verdicts_are_the_same_where_parts_are_cut_again(tmp_path, monkeypatch):
+    draw = random.Random(3)
+    texts = ["\n\n".join(f"paragraph number {draw.randrange(40)} of them all" for _ in range(4)) for _ in range(60)]
+    kept = []
+    for most, memory_mb in ((256, 512), (4, 0.0005)):
+        monkeypatch.setattr(records, "_MOST_PARTS", most)
+        for step in (
+            ExactParagraphs(ExactParagraphsSettings(memory_mb=memory_mb)),
+            substrings(length=8, memory_mb=memory_mb),
+        ):
+            given = documents(*texts)
+            run(step, given, tmp_path / f"{most}-{step.kind}")
+            kept.append([document.text for document in given])
+    assert kept[:2] == kept[2:] and kept[0] != texts != kept[1]

@@ -14,6 +14,7 @@ from megalm.curate.step import Step
 from megalm.curate.steps.gopher_repetition import repetition
 from megalm.curate.steps.profiles import profile_of
 from megalm.curate.steps.registry import KINDS, step_class
+from megalm.curate.steps.sentences import words
 from megalm.curate.steps.units import hash_of, units
 from megalm.errors import MegalmError
 
@@ -163,6 +164,80 @@ def test_c4_in_chinese():
     assert document.text == f"{CHINESE}\n“真的吗？”他问道。"
 
 
+# A page each: what is said there, without its menu and its last lines.
+OTHERS = {
+    "ja": (
+        "ホーム ニュース お問い合わせ",
+        "祖母の家は海の近くにあった。夏になると、毎朝早く起きて浜辺まで歩いた。\n"
+        "「今日は波が高いね。」と祖母は笑った。\n"
+        "魚を焼く匂いがすると、もう昼ごはんの時間だった！あの町に、いつかまた行けるだろうか？",
+        "続きを読む",
+    ),
+    "hi": (
+        "मुख्य पृष्ठ समाचार संपर्क",
+        "हमारे गाँव के पास एक पुरानी नदी बहती है। बरसात में उसका पानी पुल के ऊपर तक आ जाता है।\n"
+        "बच्चे उसके किनारे खेलते हैं और बूढ़े लोग पेड़ के नीचे बैठते हैं। क्या आपने कभी ऐसी शाम देखी है?\n"
+        "मेरे दादा कहते थे कि नदी सबकी कहानी जानती है।",
+        "और पढ़ें",
+    ),
+    "th": (
+        "หน้าแรก ข่าว ติดต่อเรา",
+        "บ้านของยายอยู่ริมแม่น้ำสายเล็กๆ ทุกเช้าเราจะเดินไปตลาดเพื่อซื้อผักและปลาสด\n"
+        "ตอนบ่ายอากาศร้อนมากจนต้องนั่งพักใต้ต้นมะม่วงใหญ่ ยายชอบเล่าเรื่องเมื่อครั้งที่ท่านยังเป็นเด็ก\n"
+        "ตอนนี้ที่นั่นกลายเป็นถนนสายใหม่ไปหมดแล้ว แต่ฉันยังจำเสียงน้ำไหลในคืนนั้นได้เสมอ",
+        "อ่านต่อ",
+    ),
+    "ar": (
+        "الرئيسية الأخبار اتصل بنا",
+        "كان جدي يعمل في حديقة صغيرة خلف البيت. كل صباح يسقي الأشجار قبل شروق الشمس.\n"
+        "هل رأيت يوما شجرة زيتون عمرها مئة عام؟ جلسنا تحتها وشربنا الشاي بالنعناع!\n"
+        "وما زلت أذكر رائحة التراب بعد المطر الأول.",
+        "اقرأ المزيد",
+    ),
+    "ru": (
+        "Главная Новости Контакты",
+        "Каждое лето мы ездили к бабушке в деревню. Дорога занимала почти целый день.\n"
+        "Утром дед говорил: «Вставай, рыба ждать не будет!»\n"
+        "Мы шли к реке через мокрое поле, и туман лежал над водой. Разве можно это забыть?",
+        "Читать далее",
+    ),
+    "my": ("ပင်မစာမျက်နှာ", "မနက်စောစောထပြီး ရွာလယ်လမ်းအတိုင်း လျှောက်ခဲ့သည်။ " * 5, "ဆက်ဖတ်ရန်"),
+}
+
+
+@pytest.mark.parametrize("language", OTHERS)
+@pytest.mark.parametrize("stated", [True, False])
+def test_c4_in_scripts_with_marks_of_their_own(language, stated):
+    before, prose, after = OTHERS[language]
+    prose = prose.strip()
+    document = Document("1", f"{before}\n{prose}\n{after}", {"language": language} if stated else {})
+    assert build("c4").apply([document]) == [None]
+    assert document.text == prose
+    assert reason("c4", "\n".join([before, after] * 9), {"language": language}) == "too few sentences"
+    assert reason("c4", prose.split("\n")[0][:70], {"language": language}) == "too few sentences"
+
+
+def test_c4_takes_a_paragraph_without_spaces_for_no_word():
+    before, prose, _ = OTHERS["ja"]
+    long = prose.replace("\n", "") * 20
+    assert len(long) > 1000
+    for text, kept in ((long, True), ("YWJj" * 300 + ".", False)):
+        document = Document("1", f"{prose}\n{text}", {"language": "ja"})
+        assert build("c4").apply([document]) == [None] and (text in document.text) == kept
+
+
+def test_words_where_none_are_parted_by_spaces():
+    told = [
+        ("two words", 2),
+        ("これは日本語です", 6),
+        ("ฉันไปตลาด", 3),
+        ("слово за словом", 3),
+        ("한국어 문장", 2),
+        ("", 0),
+    ]
+    assert [(text, words(text)) for text, _ in told] == told
+
+
 def test_thresholds_of_a_profile_can_be_changed_alone():
     assert reason("gopher_quality", CHINESE[:50], zh={"min_words": 60}) == "too few words"
     assert reason("gopher_quality", CHINESE, en={"min_words": 600}) is None
@@ -173,7 +248,9 @@ def test_profiles():
     told = [
         ({"language": "zh"}, "x", "zh"), ({"language": "zh-Hant"}, "x", "zh"), ({"language": "en_US"}, "你好", "en"),
         ({"language": "de"}, "x", "other"), ({"programming_language": "python"}, "x", "code"), ({}, PROSE, "en"),
-        ({}, CHINESE, "zh"), ({}, "これは日本語の文章です。漢字も使います。", "other"),
+        ({}, CHINESE, "zh"), ({}, "Это русский текст, PyTorch.", "other"), ({}, "ひらがなだけのぶんです。", "other"),
+        ({}, "Đây là tiếng Việt.", "en"), ({}, "1 + 1 = 2", "en"),
+        ({}, "これは日本語の文章です。漢字も使います。", "other"),
         ({}, "使用 PyTorch 的 DistributedDataParallel 训练大语言模型时，每个进程用一个 GPU。", "zh"),
     ]  # fmt: skip
     for metadata, text, expected in told:

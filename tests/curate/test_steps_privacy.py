@@ -11,8 +11,10 @@ from megalm.curate.steps.privacy import Privacy, PrivacySettings, id_card, luhn
 KEY = "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA7bq9\nq2w3e4r5t6y7\n-----END RSA PRIVATE KEY-----"
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U"
 IDENTIFIERS = {
-    "EMAIL": ["zhang.san@example.com", "li_si-01@mail.example.com.cn", "o'brien+news@example.org", "a@b.io"],
-    "IP": ["203.0.114.45", "8.218.33.200", "2001:4860:4860::8888", "2400:3200:baba:0:0:0:0:1"],
+    "EMAIL": ["zhang.san@example.com", "li_si-01@mail.example.com.cn", "o'brien+news@example.org", "a@b.io",
+              "user@[2001:db8::1]", "li.si@[IPv6:2001:4860:4860::8888]", "zhang@[192.168.7.40]", "a@[::ffff:1.2.3.4]"],
+    "IP": ["203.0.114.45", "8.218.33.200", "2001:4860:4860::8888", "2400:3200:baba:0:0:0:0:1", "2A00:1450:4009::200E",
+           "2a00::1", "::ffff:1.2.3.4", "::FFFF:8.218.33.200", "64:ff9b::8.8.8.8", "2001:4860:0:2001::68"],
     "PHONE": [
         "13800138000", "18612345678", "+8615912345678", "+86 177-1234-5678", "139 1234 5678", "010-62345678",
         "(010) 62345678", "0755-8234567", "400-820-8820", "+44 20 7946 0958", "+4512345678",
@@ -61,6 +63,20 @@ def test_identifiers_that_stand_beside_others_are_found():
         ("13912345678张伟", "<PHONE>张伟"),
         ("zhang@example.com-市场部", "<EMAIL>-市场部"),
         ("dev 8.218.33.200", "dev <IP>"),
+        ("IP:2001:4860:4860::8888", "IP:<IP>"),
+        ("IPv6:2001:4860:4860::8888, source:2400:3200::1", "IPv6:<IP>, source:<IP>"),
+        ("服务器地址:2001:4860:4860::8888。", "服务器地址:<IP>。"),
+        ("打开http://[2001:4860:4860::8888]:8080/即可", "打开http://[<IP>]:8080/即可"),
+        ("64 bytes from 2001:4860:4860::8888: icmp_seq=1", "64 bytes from <IP>: icmp_seq=1"),
+        ("ssh root@2001:4860:4860::8888 或 root@8.218.33.200", "ssh root@<IP> 或 root@<IP>"),
+        ("2001:4860:4860::8888/64，2001:4860:4860::8844。", "<IP>/64，<IP>。"),
+        ("12:30:bob@example.com wrote, 12:30:45:139-1234-5678", "12:30:<EMAIL> wrote, 12:30:45:<PHONE>"),
+        ("www.example.com 13912345678", "www.example.com <PHONE>"),
+        ("网址：www.example.com　手机13912345678", "网址：www.example.com　手机<PHONE>"),
+        ("www.example.com, 13912345678", "www.example.com, <PHONE>"),
+        ("官网www.example.com张三13912345678", "官网www.example.com张三<PHONE>"),
+        ("(http://example.com/a) 415-555-2671", "(http://example.com/a) <PHONE>"),
+        ("www.example.com 6222021001116245702", "www.example.com <BANK_CARD>"),
     ]:
         assert replaced(text) == expected
 
@@ -68,7 +84,15 @@ def test_identifiers_that_stand_beside_others_are_found():
 def test_long_texts_of_nothing_but_candidates_take_no_squares():
     """A second where they did take many minutes."""
     began = time.process_time()
-    for text in ("sk-" * 20_000, "token" * 12_000 + "=" + "a" * 30, " ".join(["13912345678"] * 5_000)):
+    for text in (
+        "sk-" * 20_000,
+        "token" * 12_000 + "=" + "a" * 30,
+        " ".join(["13912345678"] * 5_000),
+        "a:" * 30_000,
+        "x" * 60_000 + ":1:2",
+        "www." * 15_000,
+        "12:30:a@" * 5_000,
+    ):
         replaced(text)
     assert time.process_time() - began < 20
 
@@ -87,6 +111,11 @@ id=13812345678&page=2 https://example.com/news/13812345678.html img_13812345678.
 E=mc^2, f(x)=12345678901, 1-800 m, 2-3 4-5 6-7 8-9, 100-200-300, 10 000 000 000, 12 345 678 901
 There are 400-120-200=80 left, 500-1200-200, 4111111111111111abc
 (a*b)+341275144, photo 4153438231537373298.jpeg, 65x698_4111111111111111
+https://example.com/goods/a-13812345678, www.example.com/13812345678 www.13812345678.com, www.example.com?p~13812345678
+网址www.example.com/13812345678，见http://example.com/page/13812345678.html。图在https://example.com/6222021001116245702
+1:2:3:4:5:6:7:8, 2001::1, 12::30:5, ::1, ::, 2001:db8::1, 样例2001:db8::1。fe80::1, fd00::12:1, ::ffff:192.168.1.1
+a::b::c::d, 00:1a:2b:3c:4d:5e, 2001:4860:4860::8888xyz, 20:01:48:60:48:60:88:88, 2023:10:12:30:45, 2001:12:30
+dead:beef::cafe, user@[12:30], 2001:4860:4860:8888, 12:2a00:1, ::ffff:1.2, x::ffff:999.2.3.4
 std::vector<int>, 12:30:45, a::b::c, 16:9, ratio 1:2:3:4, fe80::1, 192.168.1.1, 127.0.0.1, 0.0.0.0, 255.255.255.0
 user@localhost, @mention, image@2x.png, a @ b, 5@3
 12345678901 22345678901 1380013800 138001380000 12012345678 19412345678
@@ -146,6 +175,8 @@ def test_settings_choose_kinds_and_placeholder_and_a_list_of_people_goes():
     text = "a@example.com 13800138000 192.168.7.40"
     assert replaced(text, kinds=["email"], placeholder="[{kind}]") == "[EMAIL] 13800138000 192.168.7.40"
     assert replaced(text, private_ips=True) == "<EMAIL> <PHONE> <IP>"
+    own = "样例2001:db8::1，fe80::1, fd00::12:1, ::ffff:192.168.1.1"
+    assert (replaced(own), replaced(own, private_ips=True)) == (own, "样例<IP>，<IP>, <IP>, <IP>")
     (verdict,) = Privacy(PrivacySettings(reject_above=1)).apply([Document("1", text)])
     assert verdict is not None
     assert (verdict.reason, verdict.detail) == ("too many personal data", "2")

@@ -9,6 +9,7 @@ from megalm.config import Config
 from megalm.curate.document import Document, Rejection
 from megalm.curate.step import ByDocument
 from megalm.curate.steps.profiles import Profile, ProfileSetting, thresholds
+from megalm.curate.steps.sentences import ENDED, clauses, sentences, words
 from megalm.curate.steps.units import HAN
 
 _EN_PHRASES = ["terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"]
@@ -29,11 +30,13 @@ _ZH_PHRASES = [
 
 class C4Thresholds(Config):
     only_ended_lines: bool = True
-    """Keep only lines that end with a mark that ends sentences, and not with an ellipsis. FineWeb goes without."""
+    """Keep only lines that end with a mark that ends sentences (in Thai and Lao, which have none, those that hold a
+    clause), and not with an ellipsis. FineWeb goes without."""
     min_words_per_line: int = Field(3, ge=0)
-    """Shorter lines go. Words, or characters in Chinese."""
+    """Shorter lines go. Words; in Chinese characters. Of other scripts without spaces 1.6 characters (Japanese) or 4
+    letters (Thai, Lao, Burmese, Khmer) count as a word."""
     max_word_length: int = Field(1000, ge=1)
-    """A line with a longer stretch without white space goes."""
+    """A line with a longer stretch without white space goes, unless its script has no spaces between words."""
     min_sentences: int = Field(5, ge=0)
     """A document with fewer sentences in the lines that stay goes."""
     javascript: bool = True
@@ -92,7 +95,7 @@ class C4(ByDocument):
 
     def verdict(self, document: Document) -> Rejection | None:
         profile, asked = thresholds(self.settings, document)
-        kept, sentences = [], 0
+        kept, count = [], 0
         lines = document.text.splitlines()
         for raw in lines:
             line = raw.rstrip() if profile == "code" else raw.strip()
@@ -106,10 +109,10 @@ class C4(ByDocument):
             if asked.curly_bracket and "{" in line:
                 return Rejection("curly bracket")
             if asked.min_sentences:
-                sentences += max(1, len(_SENTENCE.findall(line)))
+                count += sentences(line)
             kept.append(line)
-        if sentences < asked.min_sentences:
-            return Rejection("too few sentences", f"{sentences}")
+        if count < asked.min_sentences:
+            return Rejection("too few sentences", f"{count}")
         if not any(kept):
             return Rejection("no lines left", f"of {len(lines)}")
         document.text = "\n".join(kept).strip("\n")
@@ -119,22 +122,29 @@ class C4(ByDocument):
 _CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]|\[来源请求]|\[编辑]")
 _ENDS = (".", "?", "!", '"', "'", "。", "！", "？", "”", "’", "」", "』", "；")
 _ZH_ENDS = (*_ENDS, "，", "：", "、")  # half a couplet is a line
+_OTHER_ENDS = (*_ENDS, "“", "»", "«")  # quotation marks close in either way
 _ELLIPSES = ("...", "…")
-_SENTENCE = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)|[。！？]+")
 _HAN = re.compile(f"[{HAN}]")
 
 
+def _too_long(stretch: str, most: int) -> bool:
+    return len(stretch) > most and words(stretch) < len(stretch) / 10  # a script without spaces has more of them
+
+
+def _ended(line: str, profile: Profile) -> bool:
+    if profile == "other":
+        return line.endswith(_OTHER_ENDS) or bool(ENDED.search(line[-20:]) or clauses(line))
+    return line.endswith(_ZH_ENDS if profile == "zh" else _ENDS)
+
+
 def _stays(line: str, lowered: str, profile: Profile, asked: C4Thresholds) -> bool:
-    words = line.split()
-    if len(line) > asked.max_word_length and any(len(word) > asked.max_word_length for word in words):
+    stretches = line.split()
+    if len(line) > asked.max_word_length and any(_too_long(each, asked.max_word_length) for each in stretches):
         return False
-    if asked.only_ended_lines and (
-        not line.endswith(_ZH_ENDS if profile == "zh" else _ENDS) or line.endswith(_ELLIPSES)
-    ):
+    if asked.only_ended_lines and (line.endswith(_ELLIPSES) or not _ended(line, profile)):
         return False
     if asked.min_words_per_line:
-        # Where there are no spaces a character is a word.
-        count = len(_HAN.findall(line)) + len(words) if profile == "zh" else len(words)
+        count = len(_HAN.findall(line)) + len(stretches) if profile == "zh" else words(line)
         if count < asked.min_words_per_line:
             return False
     if asked.javascript and "javascript" in lowered:

@@ -45,6 +45,9 @@ class Decontaminate(ByDocument):
     def _index(self) -> "_Index":
         return _Index.read(self.settings)
 
+    def files(self) -> Sequence[str]:
+        return self.settings.evaluations
+
     def prepare(self) -> None:
         self.report()
 

@@ -6,6 +6,7 @@ the least (winnowing, Schleimer et al. 2003). Two copies of a passage have the s
 units only around anchors that are there twice, and finds where each match begins and ends.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -78,22 +79,24 @@ class ExactSubstrings(Merging):
         scratch = verdicts / "scratch"
         told = {"documents": 0, "units": 0, "passages": 0, "units cut at most": 0}
         with Groups(scratch, _ANCHOR, "hash", size // _ANCHOR.itemsize, memory) as anchors:
-            with open(scratch / "units", "wb") as stream, open(scratch / "documents", "wb") as table:
+            names = ("units", "ids", "begins")
+            with contextlib.ExitStack() as stack:
+                streams = [stack.enter_context((scratch / name).open("wb")) for name in names]
                 for path in paths:
-                    _gather(path, stream, table, anchors, told)
+                    _gather(path, *streams, anchors, told)
             if told["units"]:
-                stored = np.memmap(scratch / "units", "<u4", "r")
-                documents = np.memmap(scratch / "documents", "<u8", "r").reshape(-1, 2)
-                passages = self._passages(anchors, stored, documents, scratch / "pairs", memory, told)
+                stored, ids, begins = (
+                    np.memmap(scratch / name, dtype, "r") for name, dtype in zip(names, ("<u4", "<u8", "<i8"))
+                )
+                passages = self._passages(anchors, stored, ids, begins, scratch / "pairs", memory, told)
             else:
                 passages = iter(())
             Verdicts.write(verdicts, _VERDICT, passages, max(1, told["units"] // self.settings.length), memory)
         return told
 
     def _passages(
-        self, anchors: Groups, stored: Any, documents: Any, folder: Path, memory: int, told: dict[str, int]
+        self, anchors: Groups, stored: Any, ids: Any, begins: Any, folder: Path, memory: int, told: dict[str, int]
     ) -> Iterator[NDArray[Any]]:
-        begins = np.ascontiguousarray(documents[:, 1]).astype(np.int64)
         with Groups(folder, _PAIR, "key", 2 * told["units"] // self.settings.length + 1, memory) as pairs:
             for part in anchors.parts():
                 here, there = _pairs(part["hash"].copy(), part["place"].astype(np.int64))
@@ -107,7 +110,7 @@ class ExactSubstrings(Merging):
                 first, last = _extend(here, there, stored, begins, self.settings.length)
                 of = np.searchsorted(begins, first, side="right") - 1
                 rows = np.empty(len(first), dtype=_VERDICT)
-                rows["id"], rows["begin"], rows["end"] = documents[of, 0], first - begins[of], last - begins[of]
+                rows["id"], rows["begin"], rows["end"] = ids[of], first - begins[of], last - begins[of]
                 told["passages"] += len(rows)
                 told["units cut at most"] += int((last - first).sum())
                 yield np.unique(rows)
@@ -138,7 +141,9 @@ class ExactSubstrings(Merging):
         return None
 
 
-def _gather(path: Path, stream: BinaryIO, table: BinaryIO, anchors: Groups, told: dict[str, int]) -> None:
+def _gather(
+    path: Path, stream: BinaryIO, ids: BinaryIO, begins: BinaryIO, anchors: Groups, told: dict[str, int]
+) -> None:
     """The units of all documents one behind the other; of each document its id's hash and where its units begin."""
     held: list[NDArray[Any]] = []
     with open(path, "rb") as file:
@@ -152,7 +157,8 @@ def _gather(path: Path, stream: BinaryIO, table: BinaryIO, anchors: Groups, told
                 )
             count = int(header["units"])
             stream.write(body[: 4 * count])
-            table.write(np.array([header["id"], told["units"]], dtype="<u8").tobytes())
+            ids.write(header["id"].tobytes())
+            begins.write(np.array(told["units"], dtype="<i8").tobytes())
             places = np.frombuffer(body[4 * count :], dtype=_ANCHOR).copy()
             places["place"] += np.uint64(told["units"])
             held.append(places)

@@ -11,12 +11,12 @@ from megalm.curate.document import Document, Rejection
 from megalm.curate.step import ByDocument
 from megalm.curate.steps.gopher_repetition import repeated
 from megalm.curate.steps.profiles import ProfileSetting, thresholds
+from megalm.curate.steps.sentences import ENDS
 from megalm.curate.steps.units import units
 
 Share = float | None
 
-_ENDS = ".?!。！？…؟۔।॥｡．‼⁇⁈⁉։܀።፧။"  # of sentences
-_LINE_END = re.compile(rf"[{re.escape(_ENDS)}][\"'”’」』）)》〉】\]\s]*$")
+_LINE_END = re.compile(rf"[{re.escape(ENDS)}…][\"'”’」』）)》〉】\]\s]*$")
 _END = re.compile("[。！？!?]")
 
 

@@ -46,6 +46,9 @@ class Domains(ByDocument):
     def _allowed(self) -> frozenset[str]:
         return _hosts(self.settings.allow, self.settings.allow_files)
 
+    def files(self) -> Sequence[str]:
+        return [*self.settings.block_files, *self.settings.allow_files]
+
     def verdict(self, document: Document) -> Rejection | None:
         url = document.metadata.get(self.settings.url_key)
         if not isinstance(url, str) or not (host := host_of(url)):

@@ -29,7 +29,8 @@ class PrivacySettings(Config):
     placeholder: str = "<{kind}>"
     """What stands for it; {kind} is its kind in capitals."""
     private_ips: bool = False
-    """Whether addresses of private networks (192.168.1.1, fe80::1) are replaced: they identify nobody."""
+    """Whether addresses of private networks and of documentation (192.168.1.1, fe80::1, 2001:db8::1) are replaced:
+    they identify nobody. Within an address of mail they are a part of it."""
     reject_above: int | None = None
     """A document with more of them is left out: a list of people."""
 
@@ -99,8 +100,9 @@ _CANDIDATE = re2.compile(
     rb"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|\n\s*\n|\z)"
     rb"|(?i:secret|passw|token|api.?key)[A-Za-z0-9_\-]{0,64}[\"']?\s{0,3}[:=]>?\s{0,3}[\"']?[A-Za-z0-9/+_=.\-]{16,}"
     rb"|[A-Za-z0-9_\-]*(?:AKIA|ASIA|gh[pousr]_|github_pat_|eyJ|sk[-_]|xox[abeprs]-|AIza|glpat-|hf_)[A-Za-z0-9_\-.]{12,}"
-    rb"|[A-Za-z0-9._%+\-']*[A-Za-z0-9_%+\-]@[A-Za-z0-9.\-]+"
-    rb"|[0-9A-Fa-f]{0,4}:(?:[0-9A-Fa-f]{0,4}:)+[0-9A-Fa-f]{0,4}(?:[0-9.]*)"
+    rb"|[A-Za-z0-9._%+\-']*[A-Za-z0-9_%+\-]@(?:\[[0-9A-Za-z:.]+]|[0-9A-Fa-f]{0,4}:[0-9A-Fa-f:]+[0-9.]*|[A-Za-z0-9.\-]+)"
+    # With what may stand before an address of version 6 (IP:2001:...), and behind what looks like one (12:30:a@b.io).
+    rb"|[0-9A-Za-z]*:(?:[0-9A-Fa-f]{0,4}:)+[0-9A-Za-z._%+\-@]*"
     rb"|[+(]*[0-9](?:[ ()+.\-]{0,3}[0-9]){5,}[xX]?"
 )
 
@@ -156,21 +158,37 @@ def _keys(text: str, begin: int, end: int, _: bool) -> Iterator[tuple[int, int]]
 # RFC 5321's lengths; the local part is ASCII, so that it does not begin in the Chinese before it.
 _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9_%+-](?:[A-Za-z0-9._%+'-]{0,62}[A-Za-z0-9_%+-])?"
-    r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9]|-[A-Za-z0-9])"
+    r"@(?:\[(?:IPv6:)?([0-9A-Fa-f:.]{2,45})]"
+    r"|(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9]|-[A-Za-z0-9]))"
 )
 _FILES = {"png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "ts"}  # image@2x.png
 
 
 def _emails(text: str, begin: int, end: int, _: bool) -> Iterator[tuple[int, int]]:
     for match in _EMAIL.finditer(text, begin, end):
-        if match.group().rpartition(".")[2].lower() not in _FILES:
+        literal = match.group(1)
+        if _address(literal) if literal else match.group().rpartition(".")[2].lower() not in _FILES:
             yield match.span()
 
 
-_IPV4 = re.compile(
-    r"(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?!\d|\.\d)"
+def _address(written: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(written)
+    except ValueError:
+        return None
+
+
+_QUAD = r"(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+_IPV4 = re.compile(rf"(?<![\d.]){_QUAD}(?!\d|\.\d)")
+# Behind a word and a colon, or a colon, too: IP:2001:..., 地址:2001:... A word has a letter that no number has.
+_IPV6 = re.compile(
+    r"(?<![0-9A-Za-z:.])(?:(?=[0-9A-Fa-f]*[G-Zg-z])[0-9A-Za-z]+:|:(?!:))?"
+    rf"((?:[0-9A-Fa-f]{{0,4}}:){{2,7}}(?:{_QUAD}|[0-9A-Fa-f]{{1,4}}|(?<=::)))(?![0-9A-Za-z]|:[0-9A-Fa-f:]|\.\d)"
 )
-_IPV6 = re.compile(r"(?<![0-9A-Za-z:.])[0-9A-Fa-f]{0,4}:(?:[0-9A-Fa-f]{0,4}:)+[0-9A-Fa-f]{0,4}(?![0-9A-Za-z:])")
+_LETTERED = re.compile("(?=.*[A-Fa-f])[0-9A-Fa-f]{4}")
+# What addresses are given out of (RFC 4291, section 2.4): a ratio 1:2:3:4:5:6:7:8 or a time is none of it.
+_GLOBAL = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _VERSION = re.compile(
     r"(?i)(?:version|ver\.?|release|build|(?<![a-z])v|版本|版本号|升级到|更新到|第|chapter|section|§)[\s:：是为]{0,2}$"
 )
@@ -180,6 +198,19 @@ _ADDRESS = re.compile(
 
 
 def _ips(text: str, begin: int, end: int, private: bool) -> Iterator[tuple[int, int]]:
+    for match in _IPV6.finditer(text, begin, end):
+        parsed = _address(match.group(1))
+        if not isinstance(parsed, ipaddress.IPv6Address):
+            continue
+        embedded = parsed.ipv4_mapped or (ipaddress.IPv4Address(int(parsed) % 2**32) if parsed in _NAT64 else None)
+        if embedded:
+            wanted = embedded.is_global or (private and embedded.is_private)
+        else:
+            wanted = (parsed in _GLOBAL and parsed.is_global) or (private and parsed.is_private)
+        # 12::30 and ::1 are addresses too, but hardly ever meant as such; 2a00::1 and fe80::1 are.
+        groups = [group for group in match.group(1).split(":") if group]
+        if wanted and (embedded or len(groups) >= 3 or _LETTERED.fullmatch(groups[0])):
+            yield match.span(1)
     for match in _IPV4.finditer(text, begin, end):
         before = text[max(0, match.start() - 24) : match.start()]
         if _VERSION.search(before) or before[-1:].isascii() and before[-1:].isalpha():
@@ -190,15 +221,6 @@ def _ips(text: str, begin: int, end: int, private: bool) -> Iterator[tuple[int, 
             continue
         address = ipaddress.ip_address(match.group())
         if address.is_global or (private and address.is_private and octets[0] not in (0, 127, 255)):
-            yield match.span()
-    for match in _IPV6.finditer(text, begin, end):
-        try:
-            parsed = ipaddress.IPv6Address(match.group())
-        except ValueError:
-            continue
-        written = match.group()
-        # 12::30 and ::1 are addresses too, but hardly ever meant as such.
-        if len([part for part in written.split(":") if part]) >= 3 and (parsed.is_global or private):
             yield match.span()
 
 
@@ -257,8 +279,10 @@ _CARD_WORDS = re.compile(
 _NUMBER_WORDS = re.compile(
     r"(?i)(?:订单|訂單|单号|運單|运单|流水|编号|編號|序列|学号|工号|发票|货号|条码|條碼|书号|批号|型号|文号|证书|案号|时间戳|(?<![a-z])(?:order|invoice)"
     r"|(?<![a-z@])(?:serial|tracking|isbn|issn|ean|upc|sku|doi|imei|timestamp|unix|ref(?:erence)?|ticket|receipt|transaction|no\.|№|#|id\b|uid|qq"
-    r"|http|www\.))[^\n\d。；;，,!！?？]{0,16}$"
+    r"))[^\n\d。；;，,!！?？]{0,16}$"
 )
+# An address of the web ends at white space, at Chinese, and at what sets off a sentence or brackets.
+_IN_URL = re.compile(r"(?i)(?:https?://|www\.)[a-z0-9_.~/?#@!$&*+=%-]*$")
 _UNITS_AFTER = re.compile(
     r"\s?(?:[元圆圓块角分人名位个個只件次年万萬亿億兆吨噸米克斤升步条条项字页頁户亩度倍票股篇辆台套%％‰℃°²³]|美元|港元|欧元|日元|公里|千米|公斤|平方|立方"
     r"|[kKMGT]?[BbWw]\b|(?:km|kg|cm|mm|ms|kWh|USD|EUR|RMB|CNY|yuan|dollars?|euros?|people|persons?|years|users|million|billion|bytes|views|times)\b)"
@@ -272,7 +296,7 @@ def _bank_cards(text: str, begin: int, end: int, _: bool) -> Iterator[tuple[int,
         if not _ISSUERS.fullmatch(digits) or not luhn(digits) or len(set(digits)) < 2:
             continue
         before = text[max(0, match.start() - 24) : match.start()]
-        if _CARD_WORDS.search(before) or not (_NUMBER_WORDS.search(before) or _plain(text, *match.span())):
+        if _CARD_WORDS.search(before) or not (_numbered(text, match.start()) or _plain(text, *match.span())):
             yield match.span()
 
 
@@ -283,6 +307,12 @@ def luhn(digits: str) -> bool:
         value = int(digit) * (1 + place % 2)
         total += value - 9 if value > 9 else value
     return total % 10 == 0
+
+
+def _numbered(text: str, begin: int) -> bool:
+    """Whether what stands before a number makes it that of a thing, or a part of an address of the web."""
+    before = text[max(0, begin - 200) : begin]
+    return bool(_NUMBER_WORDS.search(before[-24:]) or _IN_URL.search(before))
 
 
 def _plain(text: str, begin: int, end: int) -> bool:
@@ -326,12 +356,7 @@ def _phones(text: str, begin: int, end: int, _: bool) -> Iterator[tuple[int, int
                 continue
             # In the middle of a name, an address of the web or a calculation it is none.
             glued = before[-1:].isascii() and (before[-1:].isalpha() or before.endswith(tuple("_/=&#%")))
-            if (
-                glued
-                or (after.isascii() and after.isalpha())
-                or after in tuple("_%=*^")
-                or _NUMBER_WORDS.search(before)
-            ):
+            if glued or (after.isascii() and after.isalpha()) or after in tuple("_%=*^") or _numbered(text, start):
                 continue
             if pattern is _LANDLINE and match.group()[0] in "48" and "-" not in match.group():
                 continue  # 4008123123 may be anything

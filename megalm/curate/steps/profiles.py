@@ -11,6 +11,7 @@ Profile = Literal["en", "zh", "code", "other"]
 ProfileSetting = Literal["auto", "en", "zh", "code", "other"]
 
 _HAN = re.compile(f"[{HAN}]")
+_LATIN = re.compile("[A-Za-z\u00c0-\u024f\u1e00-\u1eff]")
 _KANA = re.compile("[\u3041-\u30ff]")
 _CHINESE = {"zh", "yue", "wuu", "lzh", "cmn"}
 _LOOKED_AT = 4000  # characters of a text whose language nobody stated
@@ -32,7 +33,7 @@ def profile_of(document: Document, setting: ProfileSetting = "auto") -> Profile:
     # A Chinese text that names things in English is still Chinese: an English word takes more letters.
     if han > 0.3 * letters:
         return "zh" if len(_KANA.findall(sample)) < 0.1 * han else "other"
-    return "en"
+    return "other" if len(_LATIN.findall(sample)) < 0.5 * letters else "en"
 
 
 def thresholds(settings: Any, document: Document) -> tuple[Profile, Any]:

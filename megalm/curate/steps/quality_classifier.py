@@ -46,6 +46,9 @@ class QualityClassifier(Step):
     def _model(self) -> "HashedNgrams":
         return HashedNgrams.load(self.settings.model)
 
+    def files(self) -> Sequence[str]:
+        return [self.settings.model]
+
     def prepare(self) -> None:
         self._model.scores(["Some words to begin with."])
 

@@ -2,8 +2,9 @@
 
 Steps that must see all documents first (exact and near duplicates, paragraphs, substrings) write a few bytes of each.
 What is equal meets by cutting the records into parts by the first bits of a hash, each small enough to be sorted in
-memory: two passes over the records, whatever their number. The order in which records were written is kept, so that
-"the first" is the same in every run.
+memory: two passes over the records, and one more for every part that is too large after all, which is cut again by the
+bits that follow. So neither memory nor open files grow with the records. The order in which records were written is
+kept, so that "the first" is the same in every run.
 """
 
 import shutil
@@ -20,7 +21,8 @@ from megalm.curate.document import Document
 from megalm.errors import MegalmError
 
 _ROWS = 1 << 18  # read at once
-_MOST_PARTS = 256  # files open at once, of each of two merges in one; a process may often open 1024
+_SORTING = 4  # times the records: they, their order, and the sorted copy
+_MOST_PARTS = 256  # files open at once, of each of at most three Groups in one; a process may often open 1024
 
 
 def id_hash(document: Document) -> int:
@@ -47,13 +49,15 @@ def check_whole(path: Path, dtype: np.dtype[Any]) -> int:
 class Groups:
     """Records by the first bits of the field `key` (an evenly spread uint64). As a context it removes its files."""
 
-    def __init__(self, folder: Path, dtype: np.dtype[Any], key: str, expected: int, memory: int) -> None:
-        """expected: how many records at most, by which the number of parts is chosen so that sorting one takes about
-        `memory` bytes."""
-        self.folder, self.dtype, self.key = folder, dtype, key
-        need = expected * dtype.itemsize * 4  # the records, their order, and the sorted copy
+    def __init__(
+        self, folder: Path, dtype: np.dtype[Any], key: str, expected: int, memory: int, decided: int = 0
+    ) -> None:
+        """expected: about how many records, by which the number of parts is chosen so that sorting one takes `memory`
+        bytes. decided: how many of the first bits are the same in all records."""
+        self.folder, self.dtype, self.key, self.memory, self.decided = folder, dtype, key, memory, decided
+        need = expected * dtype.itemsize * _SORTING
         self.bits = max(0, int(np.ceil(np.log2(max(1, need / memory)))))
-        self.bits = min(self.bits, _MOST_PARTS.bit_length() - 1)
+        self.bits = min(self.bits, _MOST_PARTS.bit_length() - 1, 64 - decided)
         self.files: list[BinaryIO] = []
 
     def __enter__(self) -> "Groups":
@@ -71,7 +75,7 @@ class Groups:
         if not self.bits:
             self.files[0].write(records.tobytes())
             return
-        part = (records[self.key] >> np.uint64(64 - self.bits)).astype(np.uint16)
+        part = ((records[self.key] << np.uint64(self.decided)) >> np.uint64(64 - self.bits)).astype(np.uint16)
         order = np.argsort(part, kind="stable")
         bounds = np.searchsorted(part[order], np.arange(len(self.files) + 1))
         sorted_records = records[order]
@@ -79,12 +83,31 @@ class Groups:
             file.write(sorted_records[begin:end].tobytes())
 
     def parts(self) -> Iterator[NDArray[Any]]:
-        """Each part's records, sorted by the key, equal keys in the order in which they were added."""
+        """Each part's records, sorted by the key, equal keys in the order in which they were added.
+
+        Sorting a part takes at most `memory` bytes, unless a single key has more records: those stay together.
+        """
         for file in self.files:
             file.close()
-            records = np.fromfile(file.name, dtype=self.dtype)
-            Path(file.name).unlink()
+        for path in (Path(file.name) for file in self.files):
+            if self._too_large(path):
+                count, decided = check_whole(path, self.dtype), self.decided + self.bits
+                finer = Groups(path.with_suffix(".parts"), self.dtype, self.key, count, self.memory, decided)
+                with finer:
+                    for records in read([path], self.dtype):
+                        finer.add(records)
+                    path.unlink()
+                    yield from finer.parts()
+                continue
+            records = np.fromfile(path, dtype=self.dtype)
+            path.unlink()
             yield records[np.argsort(records[self.key], kind="stable")]
+
+    def _too_large(self, path: Path) -> bool:
+        if path.stat().st_size * _SORTING <= self.memory:
+            return False
+        keys = _mapped(path, self.dtype)[self.key]
+        return bool(keys.min() != keys.max())
 
 
 def runs(*columns: NDArray[Any]) -> NDArray[np.bool_]:

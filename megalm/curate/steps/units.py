@@ -22,7 +22,8 @@ SPACE, MARK, DIGIT, LETTER, CJK = range(5)
 """Classes of characters. MARK: punctuation, symbols, controls."""
 
 HAN = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_CJK = re.compile(f"[{HAN}\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\uff66-\uff9f]+")  # and kana: no spaces between words
+CJK_LETTERS = f"{HAN}\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\uff66-\uff9f"  # and kana: no spaces between words
+_CJK = re.compile(f"[{CJK_LETTERS}]+")
 _APOSTROPHES = np.array([0x27, 0x2019], dtype=np.uint32)
 
 
