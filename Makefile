@@ -94,7 +94,7 @@ test-gpu: setup ## run the tests that need a CUDA device
 benchmark-gpu: setup ## test the kernels of a CUDA device, then measure it, into runs/gpu (a quarter of an hour)
 	PYTHON=$(PYTHON) benchmarks/gpu.sh
 
-test-matrix: setup ## hold every layout against one process, and write what is proved (an hour on two cores)
+test-matrix: setup ## hold every layout against one process, and write what is proved (two hours on two cores)
 	$(PYTHON) -m tests.distributed.matrix
 	$(PYTHON) tools/write_support_docs.py
 	MEGALM_ALL_PAIRS=1 $(PYTHON) -m pytest tests/training/test_another_layout.py
