@@ -7,7 +7,7 @@ memory: two passes over the records, whatever their number. The order in which r
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -27,12 +27,12 @@ def id_hash(document: Document) -> int:
     return xxhash.xxh3_64_intdigest(document.id.encode("utf-8", "surrogatepass"))
 
 
-def read(paths: Iterable[Path], dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
-    """All records of the files, in order."""
+def read(paths: Iterable[Path], dtype: np.dtype[Any], rows: int = _ROWS) -> Iterator[NDArray[Any]]:
+    """All records of the files, in order, `rows` at once."""
     for path in paths:
         check_whole(path, dtype)
         with open(path, "rb") as file:
-            while data := file.read(_ROWS * dtype.itemsize):
+            while data := file.read(rows * dtype.itemsize):
                 yield np.frombuffer(data, dtype=dtype)
 
 
@@ -51,8 +51,8 @@ class Groups:
         """expected: how many records at most, by which the number of parts is chosen so that sorting one takes about
         `memory` bytes."""
         self.folder, self.dtype, self.key = folder, dtype, key
-        need = expected * dtype.itemsize * 4  # the records, their order, and the sorted copy
-        self.bits = max(0, int(np.ceil(np.log2(max(1, need / memory)))))
+        self.rows = max(1, memory // (4 * dtype.itemsize))  # the records, their order, and the sorted copy
+        self.bits = max(0, int(np.ceil(np.log2(max(1, expected / self.rows)))))
         self.bits = min(self.bits, _MOST_PARTS.bit_length() - 1)
         self.files: list[BinaryIO] = []
 
@@ -86,6 +86,21 @@ class Groups:
             Path(file.name).unlink()
             yield records[np.argsort(records[self.key], kind="stable")]
 
+    def repeats(self) -> Iterator[NDArray[Any]]:
+        """The records whose key an earlier one has. Of a part only as many are in memory as fit, beside the keys that
+        were seen: a key that is there very often, of which one part has all, costs no more than another."""
+        for file in self.files:
+            file.close()
+            seen = np.empty(0, dtype=np.uint64)
+            for records in read([Path(file.name)], self.dtype, self.rows):
+                ordered = records[np.argsort(records[self.key], kind="stable")]
+                keys = np.ascontiguousarray(ordered[self.key])
+                fresh = runs(keys)
+                fresh[fresh] = ~np.isin(keys[fresh], seen, assume_unique=True)
+                yield ordered[~fresh]
+                seen = np.concatenate([seen, keys[fresh]])
+            Path(file.name).unlink()
+
 
 def runs(*columns: NDArray[Any]) -> NDArray[np.bool_]:
     """Where a run of equal rows begins, of columns that are sorted."""
@@ -116,15 +131,19 @@ class Verdicts:
         return [self.rows[begin:end] for begin, end in zip(begins, ends)]
 
     @classmethod
-    def write(cls, folder: Path, dtype: np.dtype[Any], rows: Iterable[NDArray[Any]], expected: int, memory: int) -> int:
-        """The table of `rows` in any order of documents; how many there are."""
+    def write(
+        cls, folder: Path, dtype: np.dtype[Any], rows: Iterable[NDArray[Any]], expected: int, memory: int,
+        join: Callable[[NDArray[Any]], NDArray[Any]] = lambda part: part,
+    ) -> int:  # fmt: skip
+        """The table of `rows` in any order of documents; how many there are. join: given all rows of some documents,
+        sorted by id, what stands in the table in their place."""
         count = 0
         with Groups(folder / "scratch-verdicts", dtype, "id", expected, memory) as groups:
             for each in rows:
                 groups.add(each)
             # The rows come last: where they are, the table is whole.
             with open(folder / cls.IDS, "wb") as ids, open(folder / f"{cls.ROWS}.tmp", "wb") as table:
-                for part in groups.parts():
+                for part in map(join, groups.parts()):
                     ids.write(part["id"].tobytes())
                     table.write(part.tobytes())
                     count += len(part)
