@@ -316,6 +316,9 @@ def print_scale(smaller: Run, larger: Run, asked: argparse.Namespace) -> None:
     per_megabyte = (spread[1] - spread[0]) / (larger.megabytes - smaller.megabytes)
     merging = larger.parts["merge"].wall - smaller.parts["merge"].wall
     per_document = merging / (larger.documents - smaller.documents)
+    if min(per_megabyte, per_document) <= 0:
+        print("\nthese sizes are too small to tell what a document takes from what starting takes")
+        return
 
     documents = round(asked.terabytes * 1e12 / asked.document_bytes)
     hours = per_megabyte * asked.terabytes * 1e6 / (asked.nodes * asked.cores) / 3600
