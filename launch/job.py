@@ -108,8 +108,8 @@ def done_already(target: Target, job: str) -> int:
 def _again(target: Target, site: Site, number: str, failed: list[str], *, must_move: bool) -> int:
     """Put the job back into the queue, if it is not on its way there, and nobody cancelled it; without the nodes that
     `failed` too often."""
-    for each in SIGNALS:  # with which Slurm ends all processes of a job that is requeued, those of its own commands too
-        signal.signal(each, signal.SIG_IGN)
+    for ours in SIGNALS:  # with which Slurm ends all processes of a job that is requeued, those of its own commands too
+        signal.signal(ours, signal.SIG_IGN)
     record = _asked(slurm.job, number)
     state, ended_by_limit = record.get("JobState"), record.get("Reason") == "TimeLimit"
     excluded = failed if must_move else _replaceable(failed, record)

@@ -5,13 +5,14 @@ import os
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megalm.metrics.events import read_events
 from megalm.training.callbacks.anomalies import SKIPPED
-from megalm.training.callbacks.stragglers import slow
+from megalm.training.callbacks.stragglers import Stragglers, slow
 from megalm.training.whereabouts import FILE, Whereabouts
 from tests.distributed.ranks import RankFailed, run_ranks
 from tests.training.runs import NaNAt, train_run
@@ -79,6 +80,18 @@ def test_who_is_slow() -> None:
     assert slow(work) == [(2, 0.3, pytest.approx(0.105))]
     assert slow([(0, 0.1), (1, 0.4)]) == [(1, 0.4, 0.1)], "a stage of one rank is held against all"
     assert not slow([(0, 0.001), (0, 0.01)]), "milliseconds are noise"
+
+
+def test_nine_tenths_of_the_steps_are_no_slower_than_the_slowest(tmp_path: Path) -> None:
+    """Of few steps too."""
+    groups = SimpleNamespace(size=2, stage=0, gather=lambda mine: [mine, mine])
+    run: Any = SimpleNamespace(groups=groups, due=lambda every: True, is_main=True, directory=tmp_path, step=1)
+    stragglers = Stragglers(every=1)
+    for seconds in ([9.0, 1.0], [4.0], [2.0], [3.0]):  # after the first, which is not counted
+        stragglers._seconds += seconds[:-1]
+        stragglers.after_step(run, {"own_seconds": seconds[-1]})
+    for event in read_events(tmp_path):
+        assert event["p50"][0] <= event["p90"][0] <= event["max"][0]
 
 
 def test_whereabouts_overwrite_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

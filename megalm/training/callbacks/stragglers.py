@@ -30,7 +30,7 @@ class Stragglers(Callback):
             return
         # The first step of a process is not like the others.
         seconds, self._seconds = self._seconds[1:] or self._seconds, self._seconds[:1]
-        cuts = quantiles(seconds, n=10) if len(seconds) > 1 else seconds * 9
+        cuts = quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
         mine = (socket.gethostname(), run.groups.stage, cuts[4], cuts[8], max(seconds))
         ranks = run.groups.gather(mine)
         if not run.is_main:
