@@ -41,7 +41,6 @@ from megalm.curate.document import Document
 from megalm.curate.plan import prepare
 from megalm.curate.recipe import Recipe
 from megalm.curate.steps.near_duplicates import _EDGE, NearDuplicates, NearDuplicatesSettings
-from megalm.curate.steps.records import Groups
 from megalm.errors import main_guard
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -325,8 +324,6 @@ def print_scale(smaller: Run, larger: Run, asked: argparse.Namespace) -> None:
     rate = asked.terabytes * 1e6 / asked.nodes / (hours * 3600)
     step = NearDuplicates(NearDuplicatesSettings())
     edges = documents * step.settings.bands
-    groups = Groups(Path(), _EDGE, "key", edges, int(step.settings.memory_mb * 2**20))
-    sort = 4 * _EDGE.itemsize * edges / (1 << groups.bits)  # there are at most 256 parts
     print(f"""
 {asked.terabytes:g} TB on {asked.nodes} nodes of {asked.cores} cores, near_duplicates alone.
 Assumed: {asked.document_bytes:,} bytes a document, so {documents:,} documents; cores as fast as those of this machine,
@@ -335,8 +332,8 @@ sketch, apply, finish: {per_megabyte:.3f} CPU s/MB, {hours:.2f} hours, {rate:.0f
 merge, in one process: {1e6 * per_document:.1f} s per million documents, {per_document * documents / 3600:.2f} hours
   sketches:            {documents * step._sketch.itemsize / 1e9:,.0f} GB on the storage that nodes share
   files of the merge:  {edges * _EDGE.itemsize / 1e9:,.0f} GB of bands, {documents * 28 / 1e9:,.0f} GB of clusters
-  memory of the merge: {sort / 1e9:.1f} GB to sort a part of the bands; at best {documents * 8 / 1e9:.0f} GB more, in
-                       which the system keeps the clusters' parents, read in no order""")
+  memory of the merge: {step.settings.memory_mb / 1e3:.1f} GB to sort bands; at best {documents * 8 / 1e9:.0f} GB more, in which the
+                       system keeps the clusters' parents, read in no order""")
 
 
 if __name__ == "__main__":
