@@ -30,8 +30,8 @@ over {layouts} combinations of degrees of pipeline, data and tensor parallelism 
 loss masks, empty ranks, a vocabulary that the tensor degree does not divide and stages of unequal length, on CPU ranks
 with the real engines ({versions}).
 `make test` repeats a part that has every pair of choices in it, over gloo; `make test-matrix` repeats all of it, over
-shared memory, whose collectives are held against gloo's. Both are tried on planted bugs. Degrees are not part of what is
-proved: a layout of 512 ranks does what one of 8 does, with more of them.
+shared memory, whose collectives are held against gloo's. Both are tried on planted bugs. Degrees are not part of what
+is proved: a layout of 512 ranks does what one of 8 does, with more of them.
 
 A config is refused, before anything is allocated, unless its layout is in the first table below and its model and data
 are in the second. `parallel.allow_unproved: true` runs it nevertheless, and the run's log says so. What kernels compute
