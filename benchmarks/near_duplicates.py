@@ -332,8 +332,8 @@ sketch, apply, finish: {per_megabyte:.3f} CPU s/MB, {hours:.2f} hours, {rate:.0f
 merge, in one process: {1e6 * per_document:.1f} s per million documents, {per_document * documents / 3600:.2f} hours
   sketches:            {documents * step._sketch.itemsize / 1e9:,.0f} GB on the storage that nodes share
   files of the merge:  {edges * _EDGE.itemsize / 1e9:,.0f} GB of bands, {documents * 28 / 1e9:,.0f} GB of clusters
-  memory of the merge: {step.settings.memory_mb / 1e3:.1f} GB to sort bands; at best {documents * 8 / 1e9:.0f} GB more, in
-                       which the system keeps the clusters' parents, read in no order""")
+  memory of the merge: {step.settings.memory_mb / 1e3:.1f} GB to sort bands; at best
+                       {documents * 8 / 1e9:.0f} GB more, in which the system keeps the clusters' parents""")
 
 
 if __name__ == "__main__":
