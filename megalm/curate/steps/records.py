@@ -116,7 +116,7 @@ class Groups:
                 continue
             count, decided = check_whole(path, self.dtype), self.decided + self.bits
             with Groups(path.with_suffix(".parts"), self.dtype, self.key, count, self.memory, decided) as finer:
-                for records in read([path], self.dtype):
+                for records in read([path], self.dtype, self.rows):
                     finer.add(records)
                 path.unlink()
                 yield from finer._fitting()
