@@ -2,6 +2,8 @@
 
 import os
 import random
+import tracemalloc
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from megalm.curate.steps import records
 from megalm.curate.steps.exact_documents import ExactDocuments, ExactDocumentsSettings
 from megalm.curate.steps.exact_paragraphs import ExactParagraphs, ExactParagraphsSettings
 from megalm.curate.steps.exact_substrings import ExactSubstrings, ExactSubstringsSettings
-from megalm.curate.steps.records import Groups, Verdicts
+from megalm.curate.steps.records import Groups, Verdicts, id_hash
 from megalm.errors import MegalmError
 from tests.curate.small_steps import merged
 
@@ -118,10 +120,23 @@ def test_planted_passages_are_cut_to_the_word(tmp_path):
     assert told["passages"] >= 4
 
 
-@pytest.mark.parametrize("memory_mb", [64, 0.001])
-def test_every_long_passage_that_was_seen_before_is_cut_and_no_other(memory_mb, tmp_path):
-    """Against a search through all windows of 20 characters of random copies."""
-    draw, length = random.Random(1), 20
+def searched(texts: Sequence[str], length: int) -> list[str]:
+    """What is left of texts whose characters are units, by a search through all windows."""
+    seen: set[str] = set()
+    left = []
+    for text in texts:
+        cut = set()
+        for begin in range(len(text) - length + 1):
+            window = text[begin : begin + length]
+            if window in seen:
+                cut |= set(range(begin, begin + length))
+            seen.add(window)
+        left.append("".join(character for place, character in enumerate(text) if place not in cut))
+    return left
+
+
+def copies(draw: random.Random) -> list[str]:
+    """Texts of pieces of one long text, each between new characters."""
     pool = [chr(0x4E00 + draw.randrange(3000)) for _ in range(3000)]
     texts = []
     for _ in range(40):
@@ -131,20 +146,75 @@ def test_every_long_passage_that_was_seen_before_is_cut_and_no_other(memory_mb, 
             parts.append("".join(pool[begin : begin + draw.randrange(5, 60)]))
             parts.append("".join(chr(0x6000 + draw.randrange(8000)) for _ in range(draw.randrange(30))))
         texts.append("".join(parts))
-    seen: set[str] = set()
-    expected = []
-    for text in texts:
-        cut = set()
-        for begin in range(len(text) - length + 1):
-            window = text[begin : begin + length]
-            if window in seen:
-                cut |= set(range(begin, begin + length))
-            seen.add(window)
-        expected.append("".join(character for place, character in enumerate(text) if place not in cut))
-    given = documents(*texts)
-    answers, _ = run(substrings(length=length, memory_mb=memory_mb), given, tmp_path)
-    assert ["" if answer else document.text for document, answer in zip(given, answers)] == expected
-    assert expected != texts
+    return texts
+
+
+def common_sentence(draw: random.Random) -> list[str]:
+    """One sentence in every text, with more of what was before it and after it in some."""
+    sentence, variants = "甲乙丙丁戊己庚辛壬癸子丑寅卯辰巳", ["天地玄黄", "宇宙洪荒", "日月盈昃"]
+    return [
+        f"{draw.choice(variants)[draw.randrange(4) :]}{sentence}{draw.choice(variants)[: draw.randrange(5)]}"
+        + "".join(chr(0x6000 + draw.randrange(8000)) for _ in range(draw.randrange(8)))
+        for _ in range(200)
+    ]
+
+
+def few_characters(draw: random.Random) -> list[str]:
+    """Texts that repeat themselves, also in overlapping windows, and runs of one character."""
+    return ["".join(draw.choices("一二", weights=(9, 1), k=draw.randrange(120))) for _ in range(60)] + ["一" * 300]
+
+
+@pytest.mark.parametrize("memory_mb", [64, 0.001])
+@pytest.mark.parametrize("texts", [copies, common_sentence, few_characters])
+def test_every_long_passage_that_was_seen_before_is_cut_and_no_other(texts, memory_mb, tmp_path):
+    for seed, length in ((1, 20), (2, 17), (3, 8)):
+        drawn = texts(random.Random(seed))
+        expected, given = searched(drawn, length), documents(*drawn)
+        answers, told = run(substrings(length=length, memory_mb=memory_mb), given, tmp_path / str(seed))
+        assert ["" if answer else document.text for document, answer in zip(given, answers)] == expected
+        assert told["units repeated"] == len("".join(drawn)) - len("".join(expected)) > 0
+
+
+def peak_megabytes(call: Callable[[], object]) -> float:
+    tracemalloc.start()
+    call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / 2**20
+
+
+def test_a_sentence_in_very_many_documents_is_merged_in_bounded_memory(tmp_path):
+    sentence = " ".join(f"w{number}" for number in range(50))
+    step, given = substrings(memory_mb=0.25), [Document(f"{number}", sentence) for number in range(20_000)]
+    sketch = step.sketch(given[:1])  # begins with the hash of the id
+    (tmp_path / "sketch").write_bytes(b"".join(id_hash(each).to_bytes(8, "little") + sketch[8:] for each in given))
+    (tmp_path / "verdicts").mkdir()
+    peak = peak_megabytes(lambda: step.merge([tmp_path / "sketch"], tmp_path / "verdicts"))
+    step.judge(tmp_path / "verdicts")
+    answers = step.apply(given[:2] + given[-1:])
+    assert [answer is None for answer in answers] == [True, False, False]
+    assert peak < 4
+
+
+def test_repeats_are_found_in_bounded_memory_whatever_one_key_has(tmp_path):
+    """A million records, half of them of one key: the repeats, and the first of each key left out, in a megabyte."""
+    draw = np.random.default_rng(0)
+    records = np.zeros(1_000_000, dtype=[("key", "<u8"), ("place", "<u4")])
+    records["key"] = draw.integers(0, 2**64, 600_000, dtype=np.uint64)[draw.integers(0, 600_000, len(records))]
+    records["key"][::2] = 7
+    records["place"] = np.arange(len(records))
+    again = np.zeros(len(records), dtype=bool)
+
+    def find() -> None:
+        with Groups(tmp_path / "groups", records.dtype, "key", len(records), 2**20) as groups:
+            for begin in range(0, len(records), 1000):
+                groups.add(records[begin : begin + 1000])
+            for found in groups.repeats():
+                again[found["place"]] = True
+
+    assert peak_megabytes(find) < 2
+    _, first = np.unique(records["key"], return_index=True)
+    assert np.array_equal(np.flatnonzero(~again), np.sort(first))
 
 
 def test_a_sketch_that_is_cut_off_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from pydantic import Field
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
 from megalm.curate.step import Merging
-from megalm.curate.steps.records import Groups, Verdicts, check_whole, id_hash, read, runs
+from megalm.curate.steps.records import Groups, Verdicts, check_whole, id_hash, read
 
 _SKETCH = np.dtype([("content", "<u8"), ("id", "<u8"), ("index", "<u4")])
 _VERDICT = np.dtype([("id", "<u8"), ("index", "<u4")])
@@ -61,7 +61,7 @@ class ExactParagraphs(Merging):
         with Groups(verdicts / "scratch", _SKETCH, "content", total, memory) as groups:
             for records in read(paths, _SKETCH):
                 groups.add(records)
-            cut = Verdicts.write(verdicts, _VERDICT, map(_repeated, groups.parts()), total, memory)
+            cut = Verdicts.write(verdicts, _VERDICT, map(_verdicts, groups.repeats()), total, memory)
         return {f"{self.settings.unit}s": total, "cut": cut}
 
     def judge(self, verdicts: Path) -> None:
@@ -89,8 +89,7 @@ class ExactParagraphs(Merging):
         return None
 
 
-def _repeated(part: NDArray[Any]) -> NDArray[Any]:
-    again = part[~runs(part["content"])]
-    rows = np.empty(len(again), dtype=_VERDICT)
-    rows["id"], rows["index"] = again["id"], again["index"]
+def _verdicts(repeats: NDArray[Any]) -> NDArray[Any]:
+    rows = np.empty(len(repeats), dtype=_VERDICT)
+    rows["id"], rows["index"] = repeats["id"], repeats["index"]
     return rows

@@ -1,15 +1,16 @@
 """Passages that are word for word in an earlier document, or earlier in the same one, are cut out.
 
-As Lee et al. (2022, section 4.1) do with a suffix array, of which a corpus needs ten times its size. Here a document's
-sketch has 4 bytes for each unit, and anchors: of every `length` units in a row, the run of half as many whose hash is
-the least (winnowing, Schleimer et al. 2003). Two copies of a passage have the same anchors, so that merging compares
-units only around anchors that are there twice, and finds where each match begins and ends.
+As Lee et al. (2022, section 4.1) do with a suffix array, of which a corpus needs ten times its size. Here every window
+of `length` units that was there before is cut, and together these windows are the passages. To hash only few windows, a
+document's sketch has anchors beside 4 bytes for each unit: of a window, the run of half as many units whose hash is the
+least (winnowing, Schleimer et al. 2003). Equal windows have the same anchor, so that merging passes over the sketches
+twice: it counts the anchors, and then hashes the windows of those that are there twice. One record a window, whatever
+else looks like it: time is linear, and so is the disk.
 """
 
-import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +20,16 @@ from megalm.config import Config
 from megalm.curate.document import Document, Rejection
 from megalm.curate.step import Merging
 from megalm.curate.steps.compiled import compiled
-from megalm.curate.steps.records import Groups, Verdicts, id_hash
+from megalm.curate.steps.records import Groups, Verdicts, id_hash, runs
 from megalm.curate.steps.units import Hashes, grams, units
 from megalm.errors import MegalmError
 
 _HEADER = np.dtype([("id", "<u8"), ("units", "<u4"), ("anchors", "<u4")])
-_ANCHOR = np.dtype([("hash", "<u8"), ("place", "<u8")])
-_PAIR = np.dtype([("key", "<u8"), ("here", "<i8"), ("there", "<i8")])
+_ANCHOR = np.dtype([("hash", "<u8"), ("window", "<u4")])  # the first window of which it is the anchor
+_WINDOW = np.dtype([("hash", "<u8"), ("id", "<u8"), ("begin", "<u4")])
 _VERDICT = np.dtype([("id", "<u8"), ("begin", "<u4"), ("end", "<u4")])
-_WALKED = 4096  # units along which a pair is followed at once: on runs of one unit, more would take squares
-_COMPARED = 16  # of the earlier places of an anchor, the first ones and the last ones
+_HELD = 1 << 16  # windows, before they are written
+_PRIME = np.uint64(0x9E3779B97F4A7C15)
 
 
 class ExactSubstringsSettings(Config):
@@ -38,12 +39,14 @@ class ExactSubstringsSettings(Config):
     min_left: int = Field(1, ge=1)
     """A document of which fewer units are left goes with its passages."""
     memory_mb: float = Field(1024, gt=0)
-    """What sorting may take when sketches are merged. Beside it are files: 4 bytes a unit, 24 a document."""
+    """What counting and sorting may take when sketches are merged, however often a passage is there. Beside it are
+    files: 20 bytes for each unit near an anchor that is there twice; for most units, where sketches are many times
+    larger than the memory."""
 
 
 class ExactSubstrings(Merging):
-    """Case and characters must be the same, white space and punctuation do not count. Of an anchor that is there more
-    often than 32 times, a place is compared with the first 16 and the last 16 before it."""
+    """Case and characters must be the same, white space and punctuation do not count. Two windows are the same if their
+    hashes of 64 bits are."""
 
     kind: ClassVar[str] = "exact_substrings"
     Settings: ClassVar[type[Config]] = ExactSubstringsSettings
@@ -67,53 +70,36 @@ class ExactSubstrings(Merging):
         width = self.settings.length // 2
         if len(hashes) < self.settings.length:
             return np.empty(0, dtype=_ANCHOR)
-        runs = grams(hashes, width)
-        places = _winnow(runs, self.settings.length - width + 1)
+        every = grams(hashes, width)
+        places, windows = _winnow(every, self.settings.length - width + 1)
         anchors = np.empty(len(places), dtype=_ANCHOR)
-        anchors["hash"], anchors["place"] = runs[places], places
+        anchors["hash"], anchors["window"] = every[places], windows
         return anchors
 
     def merge(self, sketches: Iterable[Path], verdicts: Path) -> dict[str, Any]:
-        paths, memory = list(sketches), int(self.settings.memory_mb * 2**20)
-        size = sum(path.stat().st_size for path in paths)
-        scratch = verdicts / "scratch"
-        told = {"documents": 0, "units": 0, "passages": 0, "units cut at most": 0}
-        with Groups(scratch, _ANCHOR, "hash", size // _ANCHOR.itemsize, memory) as anchors:
-            names = ("units", "ids", "begins")
-            with contextlib.ExitStack() as stack:
-                streams = [stack.enter_context((scratch / name).open("wb")) for name in names]
-                for path in paths:
-                    _gather(path, *streams, anchors, told)
-            if told["units"]:
-                stored, ids, begins = (
-                    np.memmap(scratch / name, dtype, "r") for name, dtype in zip(names, ("<u4", "<u8", "<i8"))
-                )
-                passages = self._passages(anchors, stored, ids, begins, scratch / "pairs", memory, told)
-            else:
-                passages = iter(())
-            Verdicts.write(verdicts, _VERDICT, passages, max(1, told["units"] // self.settings.length), memory)
-        return told
+        paths, memory, length = list(sketches), int(self.settings.memory_mb * 2**20), self.settings.length
+        told = {"documents": 0, "units": 0, "passages": 0, "units repeated": 0}
+        counts = _anchor_counts(paths, memory, told)
 
-    def _passages(
-        self, anchors: Groups, stored: Any, ids: Any, begins: Any, folder: Path, memory: int, told: dict[str, int]
-    ) -> Iterator[NDArray[Any]]:
-        with Groups(folder, _PAIR, "key", 2 * told["units"] // self.settings.length + 1, memory) as pairs:
-            for part in anchors.parts():
-                here, there = _pairs(part["hash"].copy(), part["place"].astype(np.int64))
-                found = np.empty(len(here), dtype=_PAIR)
-                found["here"], found["there"] = here, there
-                found["key"] = (here - there).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-                pairs.add(found)
-            for part in pairs.parts():
-                order = np.lexsort((part["here"], part["here"] - part["there"]))
-                here, there = part["here"][order], part["there"][order]
-                first, last = _extend(here, there, stored, begins, self.settings.length)
-                of = np.searchsorted(begins, first, side="right") - 1
-                rows = np.empty(len(first), dtype=_VERDICT)
-                rows["id"], rows["begin"], rows["end"] = ids[of], first - begins[of], last - begins[of]
-                told["passages"] += len(rows)
-                told["units cut at most"] += int((last - first).sum())
-                yield np.unique(rows)
+        def passages(windows: NDArray[Any]) -> NDArray[Any]:
+            """Windows of the same document that touch are one passage."""
+            windows = windows[np.lexsort((windows["begin"], windows["id"]))]
+            first = runs(windows["id"])
+            first[1:] |= windows["begin"][1:] > windows["end"][:-1]
+            rows = windows[first]
+            rows["end"] = windows["end"][np.roll(first, -1)]
+            told["units repeated"] += int((rows["end"] - rows["begin"]).sum())
+            return rows
+
+        with Groups(verdicts / "scratch", _WINDOW, "hash", told["units"], memory) as groups:
+            count = 0
+            for windows in _candidates(paths, counts, length):
+                groups.add(windows)
+                count += len(windows)
+            del counts  # before the memory is sorting's
+            rows = (_rows(windows, length) for windows in groups.repeats())
+            told["passages"] = Verdicts.write(verdicts, _VERDICT, rows, count, memory, passages)
+        return told
 
     def judge(self, verdicts: Path) -> None:
         self._verdicts = Verdicts(verdicts, _VERDICT)
@@ -125,7 +111,7 @@ class ExactSubstrings(Merging):
     def _cut(self, document: Document, passages: NDArray[Any]) -> Rejection | None:
         text, found = document.text, units(document.text)
         pieces, last, left = [], 0, len(found)
-        for begin, end in _joined(passages):
+        for begin, end in zip(passages["begin"].tolist(), passages["end"].tolist()):
             start = int(found.starts[begin])
             stop = int(found.starts[end]) if end < len(found) else len(text)
             before = text[last:start]
@@ -141,51 +127,75 @@ class ExactSubstrings(Merging):
         return None
 
 
-def _gather(
-    path: Path, stream: BinaryIO, ids: BinaryIO, begins: BinaryIO, anchors: Groups, told: dict[str, int]
-) -> None:
-    """The units of all documents one behind the other; of each document its id's hash and where its units begin."""
-    held: list[NDArray[Any]] = []
-    with open(path, "rb") as file:
-        while data := file.read(_HEADER.itemsize):
-            header = np.frombuffer(data, dtype=_HEADER)[0] if len(data) == _HEADER.itemsize else None
-            size = int(header["units"]) * 4 + int(header["anchors"]) * _ANCHOR.itemsize if header is not None else -1
-            body = file.read(size) if size >= 0 else b""
-            if header is None or len(body) != size:
-                raise MegalmError(
-                    f"the sketches in {path} are cut off within a document: remove the file and run its task again"
+def _read(paths: Iterable[Path]) -> Iterator[tuple[int, NDArray[np.uint32], NDArray[Any]]]:
+    """Of each document its id's hash, units and anchors."""
+    for path in paths:
+        with open(path, "rb") as file:
+            while data := file.read(_HEADER.itemsize):
+                header = np.frombuffer(data, dtype=_HEADER)[0] if len(data) == _HEADER.itemsize else None
+                size = int(header["units"]) * 4 + int(header["anchors"]) * _ANCHOR.itemsize if header is not None else 0
+                body = file.read(size)
+                if header is None or len(body) != size:
+                    raise MegalmError(
+                        f"the sketches in {path} are cut off within a document: remove the file and run its task again"
+                    )
+                count = int(header["units"])
+                yield (
+                    int(header["id"]),
+                    np.frombuffer(body, "<u4", count),
+                    np.frombuffer(body, _ANCHOR, offset=4 * count),
                 )
-            count = int(header["units"])
-            stream.write(body[: 4 * count])
-            ids.write(header["id"].tobytes())
-            begins.write(np.array(told["units"], dtype="<i8").tobytes())
-            places = np.frombuffer(body[4 * count :], dtype=_ANCHOR).copy()
-            places["place"] += np.uint64(told["units"])
-            held.append(places)
-            told["documents"] += 1
-            told["units"] += count
-            if len(held) == 4096:
-                anchors.add(np.concatenate(held))
-                held.clear()
+
+
+def _anchor_counts(paths: Sequence[Path], memory: int, told: dict[str, int]) -> NDArray[np.uint8]:
+    """How often the hashes with the same first bits are there: 0, 1, or 2 for more. One place for each byte of the
+    sketches, as far as memory goes, is many for each anchor, so that few of those that are there once share a place."""
+    size = min(sum(path.stat().st_size for path in paths), memory)
+    counts = np.zeros(1 << max(1, size.bit_length() - 1), dtype=np.uint8)
+    for _, stored, anchors in _read(paths):
+        told["documents"] += 1
+        told["units"] += len(stored)
+        _count(_places(anchors, counts), counts)
+    return counts
+
+
+def _places(anchors: NDArray[Any], counts: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    places: NDArray[np.uint64] = anchors["hash"] >> np.uint64(65 - len(counts).bit_length())
+    return places
+
+
+def _candidates(paths: Sequence[Path], counts: NDArray[np.uint8], length: int) -> Iterator[NDArray[Any]]:
+    """The windows whose anchor is there twice, in order."""
+    held: list[NDArray[Any]] = []
+    count = 0
+    for number, stored, anchors in _read(paths):
+        again = counts[_places(anchors, counts)] > 1
+        if again.any():
+            ends = np.append(anchors["window"][1:], len(stored) - length + 1)
+            begins = np.flatnonzero(np.repeat(again, ends - anchors["window"]))
+            windows = np.empty(len(begins), dtype=_WINDOW)
+            windows["hash"] = _window_hashes(stored, length)[begins]
+            windows["id"], windows["begin"] = number, begins
+            held.append(windows)
+            count += len(windows)
+            if count >= _HELD or len(held) == 1024:
+                yield np.concatenate(held)
+                held, count = [], 0
     if held:
-        anchors.add(np.concatenate(held))
+        yield np.concatenate(held)
 
 
-def _joined(passages: NDArray[Any]) -> list[tuple[int, int]]:
-    """Passages of a document, those that touch as one."""
-    joined: list[tuple[int, int]] = []
-    for begin, end in sorted(zip(passages["begin"].tolist(), passages["end"].tolist())):
-        if joined and begin <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(end, joined[-1][1])
-        else:
-            joined.append((begin, end))
-    return joined
+def _rows(windows: NDArray[Any], length: int) -> NDArray[Any]:
+    rows = np.empty(len(windows), dtype=_VERDICT)
+    rows["id"], rows["begin"], rows["end"] = windows["id"], windows["begin"], windows["begin"] + length
+    return rows
 
 
 @compiled
 def _winnow(values: Any, window: int) -> Any:
-    """Places of the least value of every `window` values in a row, of equal ones the last; each place once."""
-    places = np.empty(len(values), dtype=np.int64)
+    """Places of the least value of every `window` values in a row, of equal ones the last; each place once, and with it
+    the first window whose least value it is."""
+    places, windows = np.empty(len(values), dtype=np.int64), np.empty(len(values), dtype=np.int64)
     count, least = 0, -1
     for end in range(window - 1, len(values)):
         begin = end - window + 1
@@ -197,66 +207,31 @@ def _winnow(values: Any, window: int) -> Any:
         elif values[end] <= values[least]:
             least = end
         if count == 0 or places[count - 1] != least:
-            places[count] = least
+            places[count], windows[count] = least, begin
             count += 1
-    return places[:count]
+    return places[:count], windows[:count]
 
 
 @compiled
-def _pairs(hashes: Any, places: Any) -> Any:
-    """Places of the same hash, each with earlier ones. Sorted by hash, places ascending."""
-    total, first = 0, 0
-    for i in range(len(hashes)):
-        if hashes[i] != hashes[first]:
-            first = i
-        total += min(i - first, 2 * _COMPARED)
-    here, there = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
-    count, first = 0, 0
-    for i in range(len(hashes)):
-        if hashes[i] != hashes[first]:
-            first = i
-        some = min(i - first, 2 * _COMPARED)
-        for k in range(some):
-            here[count], there[count] = places[i], places[first + k if k < _COMPARED else i - some + k]
-            count += 1
-    return here, there
+def _count(places: Any, counts: Any) -> None:
+    for place in places:
+        if counts[place] < 2:
+            counts[place] += 1
 
 
 @compiled
-def _after(begins: Any, place: int) -> int:
-    """np.searchsorted(begins, place, "right"), which takes seconds to compile."""
-    low, high = 0, len(begins)
-    while low < high:
-        middle = (low + high) // 2
-        if place < begins[middle]:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-@compiled
-def _extend(here: Any, there: Any, stored: Any, begins: Any, length: int) -> Any:
-    """Where the later of two equal passages of at least `length` units begins and ends, within documents. Pairs are
-    sorted by their distance and place, so that a passage with several anchors is walked along once."""
-    first, last = np.empty(len(here), dtype=np.int64), np.empty(len(here), dtype=np.int64)
-    count, distance, reached = 0, np.int64(-1), np.int64(-1)
-    for i in range(len(here)):
-        a, b = here[i], there[i]
-        if a - b == distance and a < reached:
-            continue
-        one, other = _after(begins, a), _after(begins, b)
-        end_a = begins[one] if one < len(begins) else len(stored)
-        end_b = begins[other] if other < len(begins) else len(stored)
-        low = min(a - begins[one - 1], b - begins[other - 1])
-        back = 0
-        while back < low and back < _WALKED and stored[a - back - 1] == stored[b - back - 1]:
-            back += 1
-        ahead = 0
-        while ahead < _WALKED and a + ahead < end_a and b + ahead < end_b and stored[a + ahead] == stored[b + ahead]:
-            ahead += 1
-        distance, reached = a - b, a + ahead - (length if ahead == _WALKED else 0)
-        if back + ahead >= length:
-            first[count], last[count] = a - back, a + ahead
-            count += 1
-    return first[:count], last[:count]
+def _window_hashes(stored: Any, length: int) -> Any:
+    """A hash of every `length` units in a row: a polynomial, of which each step drops one term and adds one (Karp and
+    Rabin 1987). The units are well mixed."""
+    out = np.empty(len(stored) - length + 1, dtype=np.uint64)
+    total, gone = np.uint64(0), np.uint64(1)
+    for _ in range(length):
+        gone *= _PRIME
+    for i in range(len(stored)):
+        total = total * _PRIME + np.uint64(stored[i])
+        if i >= length:
+            total -= gone * np.uint64(stored[i - length])
+        if i >= length - 1:
+            mixed = total ^ (total >> np.uint64(32))
+            out[i - length + 1] = mixed * _PRIME
+    return out

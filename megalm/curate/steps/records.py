@@ -8,7 +8,7 @@ kept, so that "the first" is the same in every run.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -29,12 +29,12 @@ def id_hash(document: Document) -> int:
     return xxhash.xxh3_64_intdigest(document.id.encode("utf-8", "surrogatepass"))
 
 
-def read(paths: Iterable[Path], dtype: np.dtype[Any]) -> Iterator[NDArray[Any]]:
-    """All records of the files, in order."""
+def read(paths: Iterable[Path], dtype: np.dtype[Any], rows: int = _ROWS) -> Iterator[NDArray[Any]]:
+    """All records of the files, in order, `rows` at once."""
     for path in paths:
         check_whole(path, dtype)
         with open(path, "rb") as file:
-            while data := file.read(_ROWS * dtype.itemsize):
+            while data := file.read(rows * dtype.itemsize):
                 yield np.frombuffer(data, dtype=dtype)
 
 
@@ -55,8 +55,8 @@ class Groups:
         """expected: about how many records, by which the number of parts is chosen so that sorting one takes `memory`
         bytes. decided: how many of the first bits are the same in all records."""
         self.folder, self.dtype, self.key, self.memory, self.decided = folder, dtype, key, memory, decided
-        need = expected * dtype.itemsize * _SORTING
-        self.bits = max(0, int(np.ceil(np.log2(max(1, need / memory)))))
+        self.rows = max(1, memory // (_SORTING * dtype.itemsize))
+        self.bits = max(0, int(np.ceil(np.log2(max(1, expected / self.rows)))))
         self.bits = min(self.bits, _MOST_PARTS.bit_length() - 1, 64 - decided)
         self.files: list[BinaryIO] = []
 
@@ -87,21 +87,39 @@ class Groups:
 
         Sorting a part takes at most `memory` bytes, unless a single key has more records: those stay together.
         """
-        for file in self.files:
-            file.close()
-        for path in (Path(file.name) for file in self.files):
-            if self._too_large(path):
-                count, decided = check_whole(path, self.dtype), self.decided + self.bits
-                finer = Groups(path.with_suffix(".parts"), self.dtype, self.key, count, self.memory, decided)
-                with finer:
-                    for records in read([path], self.dtype):
-                        finer.add(records)
-                    path.unlink()
-                    yield from finer.parts()
-                continue
+        for path in self._fitting():
             records = np.fromfile(path, dtype=self.dtype)
             path.unlink()
             yield records[np.argsort(records[self.key], kind="stable")]
+
+    def repeats(self) -> Iterator[NDArray[Any]]:
+        """The records whose key an earlier one has. Of a part only as many are in memory as fit, beside the keys that
+        were seen: a key that is there very often costs no more than another."""
+        for path in self._fitting():
+            seen = np.empty(0, dtype=np.uint64)
+            for records in read([path], self.dtype, self.rows):
+                ordered = records[np.argsort(records[self.key], kind="stable")]
+                keys = np.ascontiguousarray(ordered[self.key])
+                fresh = runs(keys)
+                fresh[fresh] = ~np.isin(keys[fresh], seen, assume_unique=True)
+                yield ordered[~fresh]
+                seen = np.concatenate([seen, keys[fresh]])
+            path.unlink()
+
+    def _fitting(self) -> Iterator[Path]:
+        """Files of parts that can be sorted in `memory`, or have a single key."""
+        for file in self.files:
+            file.close()
+        for path in (Path(file.name) for file in self.files):
+            if not self._too_large(path):
+                yield path
+                continue
+            count, decided = check_whole(path, self.dtype), self.decided + self.bits
+            with Groups(path.with_suffix(".parts"), self.dtype, self.key, count, self.memory, decided) as finer:
+                for records in read([path], self.dtype, self.rows):
+                    finer.add(records)
+                path.unlink()
+                yield from finer._fitting()
 
     def _too_large(self, path: Path) -> bool:
         if path.stat().st_size * _SORTING <= self.memory:
@@ -139,15 +157,19 @@ class Verdicts:
         return [self.rows[begin:end] for begin, end in zip(begins, ends)]
 
     @classmethod
-    def write(cls, folder: Path, dtype: np.dtype[Any], rows: Iterable[NDArray[Any]], expected: int, memory: int) -> int:
-        """The table of `rows` in any order of documents; how many there are."""
+    def write(
+        cls, folder: Path, dtype: np.dtype[Any], rows: Iterable[NDArray[Any]], expected: int, memory: int,
+        join: Callable[[NDArray[Any]], NDArray[Any]] = lambda part: part,
+    ) -> int:  # fmt: skip
+        """The table of `rows` in any order of documents; how many there are. join: given all rows of some documents,
+        sorted by id, what stands in the table in their place."""
         count = 0
         with Groups(folder / "scratch-verdicts", dtype, "id", expected, memory) as groups:
             for each in rows:
                 groups.add(each)
             # The rows come last: where they are, the table is whole.
             with open(folder / cls.IDS, "wb") as ids, open(folder / f"{cls.ROWS}.tmp", "wb") as table:
-                for part in groups.parts():
+                for part in map(join, groups.parts()):
                     ids.write(part["id"].tobytes())
                     table.write(part.tobytes())
                     count += len(part)
