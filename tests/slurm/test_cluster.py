@@ -141,6 +141,7 @@ def test_the_next_job_of_a_chain_keeps_off_it_too(
     cluster.call("scancel", second)
 
 
+@pytest.mark.slurm
 def test_a_controller_that_is_away_is_asked_again(cluster: Cluster, tmp_path: Path) -> None:
     """A job that wants to go back into the queue while Slurm's controller is restarted."""
     job = script(cluster, tmp_path, STOPS + "time.sleep(600 if count == 0 else 0)")
