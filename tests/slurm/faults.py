@@ -181,16 +181,15 @@ class Experiment:
         return apart(self.records(), whole.records())
 
     def samples(self) -> dict[int, list[int]]:
-        """Of the steps that stand: the numbers of the samples that all ranks took."""
-        taken: dict[tuple[int, str], list[int]] = {}
-        for path in self.ids.glob("rank-*.jsonl"):
-            for line in path.read_text().splitlines():
-                record = json.loads(line)
-                taken[record["samples"], path.name] = record["ids"]
+        """Of the steps that stand: the numbers of the samples that all ranks took, in the last start that took them."""
+        lines = [line for path in self.ids.glob("rank-*.jsonl") for line in path.read_text().splitlines()]
+        taken = sorted(map(json.loads, lines), key=lambda record: record["time"])
+        last = {record["samples"]: record["start"] for record in taken}
         found: dict[int, list[int]] = {}
-        for (samples, _), numbers in sorted(taken.items()):
-            if samples <= STEPS * BATCH:
-                found[samples] = sorted(found.get(samples, []) + numbers)
+        for record in taken:
+            samples = record["samples"]
+            if samples <= STEPS * BATCH and record["start"] == last[samples]:
+                found[samples] = sorted(found.get(samples, []) + record["ids"])
         return found
 
 

@@ -28,7 +28,9 @@ def plant() -> None:
         if folder:
             ids = [int(number) for batch in batches for number in batch.sample_ids]
             with open(os.path.join(folder, f"rank-{rank}.jsonl"), "a") as file:
-                file.write(json.dumps({"samples": samples, "ids": ids}) + "\n")
+                start = [os.environ["MASTER_PORT"], os.environ["WORLD_SIZE"]]  # which all ranks of a start share
+                line = {"samples": samples, "ids": ids, "start": start, "time": time.time()}
+                file.write(json.dumps(line) + "\n")
         for fault in faults:
             late = samples > fault["samples"] and fault["do"] == "slow"
             here = fault["node"] == socket.gethostname() if "node" in fault else fault["rank"] == rank
