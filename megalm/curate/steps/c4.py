@@ -9,7 +9,7 @@ from megalm.config import Config
 from megalm.curate.document import Document, Rejection
 from megalm.curate.step import ByDocument
 from megalm.curate.steps.profiles import Profile, ProfileSetting, thresholds
-from megalm.curate.steps.sentences import ENDED, clauses, sentences, words
+from megalm.curate.steps.sentences import ENDED, clauses, sentences, unspaced_words
 from megalm.curate.steps.units import HAN
 
 _EN_PHRASES = ["terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"]
@@ -128,24 +128,24 @@ _HAN = re.compile(f"[{HAN}]")
 
 
 def _too_long(stretch: str, most: int) -> bool:
-    return len(stretch) > most and words(stretch) < len(stretch) / 10  # a script without spaces has more of them
+    return len(stretch) > most and unspaced_words(stretch) < len(stretch) / 10
 
 
 def _ended(line: str, profile: Profile) -> bool:
-    if profile == "other":
-        return line.endswith(_OTHER_ENDS) or bool(ENDED.search(line[-20:]) or clauses(line))
-    return line.endswith(_ZH_ENDS if profile == "zh" else _ENDS)
+    if profile != "other":
+        return line.endswith(_ZH_ENDS if profile == "zh" else _ENDS)
+    return line.endswith(_OTHER_ENDS) or bool(ENDED.search(line[-20:]) or clauses(line))
 
 
 def _stays(line: str, lowered: str, profile: Profile, asked: C4Thresholds) -> bool:
     stretches = line.split()
     if len(line) > asked.max_word_length and any(_too_long(each, asked.max_word_length) for each in stretches):
         return False
-    if asked.only_ended_lines and (line.endswith(_ELLIPSES) or not _ended(line, profile)):
+    if asked.only_ended_lines and (not _ended(line, profile) or line.endswith(_ELLIPSES)):
         return False
     if asked.min_words_per_line:
-        count = len(_HAN.findall(line)) + len(stretches) if profile == "zh" else words(line)
-        if count < asked.min_words_per_line:
+        unspaced = len(_HAN.findall(line)) if profile == "zh" else unspaced_words(line)
+        if len(stretches) + unspaced < asked.min_words_per_line:
             return False
     if asked.javascript and "javascript" in lowered:
         return False

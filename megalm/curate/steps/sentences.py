@@ -10,7 +10,9 @@ Syriac, Ethiopic, Burmese, Khmer, Tibetan."""
 _CLOSING = "\"'”’“»›」』）)》〉】\\]"
 ENDED = re.compile(rf"[{re.escape(ENDS)}][{_CLOSING}\s]*$")
 """A line that ends with such a mark, or with what closes behind it."""
-_SENTENCE = re.compile(rf"[.!?]+[{_CLOSING}]*(?=\s|$)|[{re.escape(ENDS.replace('.?!', ''))}]+")
+_STOP = rf"[.!?]+[{_CLOSING}]*(?=\s|$)"  # not within a number
+_ASCII_SENTENCE = re.compile(_STOP)  # twice as quick
+_SENTENCE = re.compile(rf"{_STOP}|[{re.escape(ENDS.replace('.?!', ''))}]+")
 _CLAUSE = re.compile("[\u0e01-\u0e4e\u0e81-\u0ece]{20,}")
 _CJK = re.compile(f"[{CJK_LETTERS}]")
 _LETTERS = re.compile("[\u0e01-\u0e4e\u0e81-\u0ece\u1000-\u104f\u1780-\u17dd]")
@@ -23,14 +25,15 @@ def clauses(line: str) -> int:
 
 
 def sentences(line: str) -> int:
-    """At least one. A full stop ends one before white space only: numbers have it too."""
+    """At least one."""
+    if line.isascii():
+        return len(_ASCII_SENTENCE.findall(line)) or 1
     return max(1, len(_SENTENCE.findall(line)), clauses(line))
 
 
-def words(text: str) -> int:
-    """About how many: what spaces part, and where words stand without spaces (Chinese, Japanese; Thai, Lao, Burmese,
-    Khmer) one for 1.6 characters or for 4 letters."""
-    spaced = len(text.split())
+def unspaced_words(text: str) -> int:
+    """About how many more words there are than spaces part, in scripts that have none between words: one for 1.6
+    characters (Chinese, Japanese) or for 4 letters (Thai, Lao, Burmese, Khmer)."""
     if text.isascii():
-        return spaced
-    return spaced + int(len(_CJK.findall(text)) / 1.6) + len(_LETTERS.findall(text)) // 4
+        return 0
+    return int(len(_CJK.findall(text)) / 1.6) + len(_LETTERS.findall(text)) // 4
