@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megalm.config import Config, load
-from megalm.errors import MegalmError
 
 PROFILE = "MEGALM_SITE"
 """Environment variable that names the profile."""
@@ -67,9 +66,4 @@ def of_environment(environment: Mapping[str, str] = os.environ, overrides: tuple
     """The profile that MEGALM_SITE names, changed by MEGALM_SITE_SET and `overrides`. Raises MegalmError."""
     lines = [line for line in environment.get(OVERRIDES, "").splitlines() if line]
     path = environment.get(PROFILE) or os.devnull
-    try:
-        return load(path, Site, [*lines, *overrides])
-    except MegalmError as error:
-        # --set, as configs call every override, is the run's here.
-        words = str(error).replace("--set ", "--site-set ").replace("config file", "site profile")
-        raise MegalmError(words) from None
+    return load(path, Site, [*lines, *overrides], called="site profile", option="--site-set")

@@ -38,15 +38,23 @@ class Config(BaseModel):
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
-def load(path: str, root: type[AnyConfig], overrides: Sequence[str] = ()) -> AnyConfig:
+def load(
+    path: str,
+    root: type[AnyConfig],
+    overrides: Sequence[str] = (),
+    *,
+    called: str = "config file",
+    option: str = "--set",
+) -> AnyConfig:
     """The config in the YAML file `path` and what it extends, changed by `overrides` ("dotted.key=YAML value").
 
-    Raises MegalmError that names file, line and key (or the override) of the first thing that is wrong.
+    called, option: what the user knows the file and an override by. Raises MegalmError that names file, line and key
+    (or the override) of the first thing that is wrong.
     """
-    tree = functools.reduce(_merge, _layers(path, set()))
+    tree = functools.reduce(_merge, _layers(path, called, set()))
     for override in overrides:
-        tree = _override(tree, override)
-    return _validate(root, tree)
+        tree = _override(tree, override, option)
+    return _validate(root, tree, option)
 
 
 def dump(config: Config) -> str:
@@ -59,7 +67,7 @@ def dump(config: Config) -> str:
 
 @dataclass(frozen=True)
 class _Node:
-    """A value of the tree and its place: "file:line" of its key, or "--set key=value"."""
+    """A value of the tree and its place: "file:line" of its key, or an option that sets it."""
 
     value: Any  # dict[str, _Node], list[_Node] or a scalar
     place: str
@@ -98,7 +106,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, [*"-+.012345678
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, [*"-+.0123456789"])
 
 
-def _layers(path: str, seen: set[str], asked_by: str = "", above: tuple[str, ...] = ()) -> Iterator[_Node]:
+def _layers(path: str, called: str, seen: set[str], asked_by: str = "", above: tuple[str, ...] = ()) -> Iterator[_Node]:
     """The mappings of the files that `path` extends and then its own, each file once.
 
     `seen`: real paths of the files that were reached before; `above`: the files that led here.
@@ -113,22 +121,22 @@ def _layers(path: str, seen: set[str], asked_by: str = "", above: tuple[str, ...
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
     except FileNotFoundError:
-        raise MegalmError(f"{asked_by}config file {path} does not exist{_nearest_file(path)}") from None
+        raise MegalmError(f"{asked_by}{called} {path} does not exist{_nearest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise MegalmError(f"{asked_by}config file {path} cannot be read ({error}): name a YAML file in UTF-8") from None
+        raise MegalmError(f"{asked_by}{called} {path} cannot be read ({error}): name a YAML file in UTF-8") from None
 
     tree = _parse(text, lambda line: f"{path}:{line}")
     if tree.value is None:
         tree = _Node({}, path)
     if not isinstance(tree.value, dict):
-        raise MegalmError(f"{tree.place}: a config file is a mapping (key: value), not {_show(_plain(tree))}")
+        raise MegalmError(f"{tree.place}: a {called} is a mapping (key: value), not {_show(_plain(tree))}")
     keys = dict(tree.value)
     extends = keys.pop("extends", _Node([], path))
     for base in extends.value if isinstance(extends.value, list) else [extends]:
         if not isinstance(base.value, str):
             raise MegalmError(f"{base.place}: extends is a path or a list of paths, not {_show(_plain(base))}")
         beside = os.path.normpath(os.path.join(os.path.dirname(path), base.value))
-        yield from _layers(beside, seen, f"{base.place}: ", (*above, path))
+        yield from _layers(beside, called, seen, f"{base.place}: ", (*above, path))
     yield _Node(keys, path)
 
 
@@ -184,12 +192,12 @@ def _merge(base: _Node, over: _Node) -> _Node:
     return _Node(merged, over.place)
 
 
-def _override(tree: _Node, override: str) -> _Node:
-    place = f"--set {override}"
+def _override(tree: _Node, override: str, option: str) -> _Node:
+    place = f"{option} {override}"
     key, equals, value = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise MegalmError(f"{place}: write a dotted key, = and a value, such as --set train.steps=100")
+        raise MegalmError(f"{place}: write a dotted key, = and a value, such as {option} train.steps=100")
     return _assign(tree, parts, 0, _parse(value, lambda line: place))
 
 
@@ -236,7 +244,7 @@ def _show(value: Any) -> str:
 Location = tuple[str | int, ...]
 
 
-def _validate(root: type[AnyConfig], tree: _Node) -> AnyConfig:
+def _validate(root: type[AnyConfig], tree: _Node, option: str) -> AnyConfig:
     values = _plain(tree)
     while True:
         try:
@@ -250,7 +258,7 @@ def _validate(root: type[AnyConfig], tree: _Node) -> AnyConfig:
     problems.sort(key=lambda problem: {"extra_forbidden": 0, "missing": 2}.get(problem["type"], 1))
     more = len(problems) - 1
     suffix = f" (and {more} more error{'s' if more > 1 else ''})" if more else ""
-    raise MegalmError(_sentence(root, tree, problems[0]) + suffix)
+    raise MegalmError(_sentence(root, tree, problems[0], option) + suffix)
 
 
 def _repair(values: Any, root: type[Config], problem: Any) -> bool:
@@ -276,14 +284,14 @@ def _repair(values: Any, root: type[Config], problem: Any) -> bool:
     return False
 
 
-def _sentence(root: type[Config], tree: _Node, problem: Any) -> str:
+def _sentence(root: type[Config], tree: _Node, problem: Any, option: str) -> str:
     location, kind = problem["loc"], problem["type"]
     node, known = _deepest(tree, location)
     if kind == "extra_forbidden":
         return f"{node.place}: unknown key {_dotted(location)}{_suggestion(root, location)}"
     if kind == "missing":
         key = _dotted(location)
-        return f"{node.place}: {key} is missing: add it to the file, or give --set {key}=VALUE"
+        return f"{node.place}: {key} is missing: add it to the file, or give {option} {key}=VALUE"
     key = _dotted(known)
     if kind in ("value_error", "assertion_error"):
         message = str(problem["ctx"]["error"])
