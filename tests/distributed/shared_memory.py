@@ -60,7 +60,10 @@ class Mesh:
         file = os.open(self._path, os.O_RDWR)
         memory = np.frombuffer(mmap.mmap(file, self.size * self.size * (ALIGNED + RING)), np.uint8)
         os.close(file)
-        self._rings = memory.reshape(self.size, self.size, ALIGNED + RING)  # [from, to]
+        rings = memory.reshape(self.size, self.size, ALIGNED + RING)  # [from, to]
+        # Of each ring the bytes written and read, and what it holds.
+        self._to = [(ring[:ALIGNED].view(np.int64), ring[ALIGNED:]) for ring in rings[rank]]
+        self._from = [(ring[:ALIGNED].view(np.int64), ring[ALIGNED:]) for ring in rings[:, rank]]
         self._rank = rank
         self._asked: dict[tuple[int, int], int] = defaultdict(int)
         self._arrived: dict[tuple[int, int], int] = defaultdict(int)
@@ -74,9 +77,8 @@ class Mesh:
         dist.init_process_group(NAME, store=dist.HashStore(), rank=self._rank, world_size=self.size)
 
     def send(self, to: int, channel: int, message: np.ndarray) -> None:
-        ring = self._rings[self._rank, to]
-        counters, data = ring[:ALIGNED].view(np.int64), ring[ALIGNED:]  # counters: bytes written, bytes read
-        length = ALIGNED + -(-message.size // ALIGNED) * ALIGNED
+        counters, data = self._to[to]
+        length = _length(message.size)
         assert length < RING // 2, f"a message of {message.size} bytes needs a larger ring"
         written = int(counters[0])
         rest = RING - written % RING
@@ -113,8 +115,7 @@ class Mesh:
 
     def _take(self, source: int) -> bool:
         """Copy the next message out of a ring, if there is one."""
-        ring = self._rings[source, self._rank]
-        counters, data = ring[:ALIGNED].view(np.int64), ring[ALIGNED:]
+        counters, data = self._from[source]
         read = int(counters[1])
         if read == int(counters[0]):
             return False
@@ -126,8 +127,13 @@ class Mesh:
         number = self._arrived[source, channel]
         self._arrived[source, channel] += 1
         self._messages[source, channel, number] = data[place + ALIGNED : place + ALIGNED + size].copy()
-        counters[1] = read + ALIGNED + -(-size // ALIGNED) * ALIGNED
+        counters[1] = read + _length(size)
         return True
+
+
+def _length(size: int) -> int:
+    """Bytes in a ring of a message of `size` bytes, its header among them."""
+    return ALIGNED + -(-size // ALIGNED) * ALIGNED
 
 
 class Done(dist.Work):
