@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megalm.curate.document import Document, Rejection
-from megalm.curate.steps.registry import step_class
+from megalm.curate.recipe import step_class
 from megalm.errors import MegalmError, main_guard
 
 ASKED = 0.95

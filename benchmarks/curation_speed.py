@@ -28,7 +28,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from megalm.curate.document import Document
-from megalm.curate.steps.registry import step_class
+from megalm.curate.recipe import step_class
 from megalm.errors import MegalmError, main_guard
 
 ASKED = {

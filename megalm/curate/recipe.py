@@ -16,19 +16,18 @@ your own.
 import difflib
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from megalm.config import Config
 from megalm.curate.step import Merging, Step
+from megalm.curate.steps.registry import KINDS
 from megalm.errors import MegalmError
 
 Format = Literal["auto", "warc", "wet", "html", "jsonl", "parquet", "text", "code"]
 STEPS = "megalm.curate.steps"
 """Package of the steps."""
-REGISTRY = f"{STEPS}.registry"
-"""Module whose KINDS maps a kind of step to `module:Class`, the module below STEPS; it imports none of them."""
 
 
 class Source(Config):
@@ -156,7 +155,7 @@ def _step(key: str, given: Mapping[str, Any]) -> Step:
     kind = settings.pop("kind", None)
     if not isinstance(kind, str):
         raise ValueError(f"{key} has no kind: write kind: NAME (docs/curation.md lists them)")
-    found = step_class(f"{key}.kind", kind)
+    found = step_class(kind, f"{key}.kind")
     try:
         return found(found.Settings.model_validate(settings))
     except ValidationError as error:
@@ -168,8 +167,8 @@ def _step(key: str, given: Mapping[str, Any]) -> Step:
 def _sentence(key: str, kind: str, found: type[Step], problem: Any) -> str:
     where = ".".join([key, *map(str, problem["loc"])])
     if problem["type"] == "extra_forbidden":
-        known = list(found.Settings.model_fields)
-        return f"{where} is unknown to the step {kind}{_closest(str(problem['loc'][-1]), known)}"
+        *above, name = problem["loc"]
+        return f"{where} is unknown to the step {kind}{_closest(str(name), _known(found.Settings, above))}"
     if problem["type"] == "missing":
         return f"{where} is missing: the step {kind} needs it"
     if problem["type"] == "value_error":
@@ -177,24 +176,29 @@ def _sentence(key: str, kind: str, found: type[Step], problem: Any) -> str:
     return f"{where} ({kind}): {problem['msg'].removeprefix('Input ')}, not {problem['input']!r}"
 
 
+def _known(settings: type[Config], above: Sequence[Any]) -> list[str]:
+    """The keys there are below the keys and numbers `above`."""
+    for place in above:
+        field = settings.model_fields.get(str(place))
+        for inside in get_args(field.annotation) if field else ():
+            if isinstance(inside, type) and issubclass(inside, Config):
+                settings = inside
+    return list(settings.model_fields)
+
+
 def _closest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known) or 'no keys'}"
 
 
-def kinds() -> dict[str, str]:
-    """Kind -> `module:Class`, the module below megalm.curate.steps, of the steps that come with megalm."""
-    return dict(importlib.import_module(REGISTRY).KINDS)
-
-
-def step_class(key: str, kind: str) -> type[Step]:
-    """The class of a kind of step. Raises ValueError with the closest known kind, or what is wrong with a class."""
+def step_class(kind: str, key: str = "step") -> type[Step]:
+    """The class of a kind of step. Raises ValueError with the closest known kind, or what is wrong with a class, and
+    where the kind was named: `key`."""
     target = kind
     if ":" not in kind:
-        known = kinds()
-        if kind not in known:
-            raise ValueError(f"{key} {kind} is no kind of step{_closest(kind, sorted(known))}")
-        target = f"{STEPS}.{known[kind]}"
+        if kind not in KINDS:
+            raise ValueError(f"{key} {kind} is no kind of step{_closest(kind, sorted(KINDS))}")
+        target = f"{STEPS}.{KINDS[kind]}"
     module, _, name = target.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)

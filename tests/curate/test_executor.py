@@ -284,7 +284,8 @@ def test_a_file_of_a_step_that_has_changed_is_refused_by_its_name(make_recipe: M
 
 def test_every_step_names_the_files_that_it_reads() -> None:
     """By the settings whose names or descriptions speak of files."""
-    from megalm.curate.steps.registry import KINDS, step_class
+    from megalm.curate.recipe import step_class
+    from megalm.curate.steps.registry import KINDS
 
     reading = {}
     for kind in KINDS:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from megalm.curate.document import Document
+from megalm.curate.recipe import step_class
 from megalm.curate.step import Step
 from megalm.curate.steps.gopher_repetition import repetition
 from megalm.curate.steps.profiles import profile_of
-from megalm.curate.steps.registry import KINDS, step_class
+from megalm.curate.steps.registry import KINDS
 from megalm.curate.steps.sentences import unspaced_words
 from megalm.curate.steps.units import hash_of, units
-from megalm.errors import MegalmError
 
 PROSE = (
     "The river that runs through the valley was once the border of two small states. People have lived on both sides "
@@ -288,13 +288,6 @@ def test_every_step_of_the_list_is_there_and_documents_its_settings(kind):
     assert cls.kind == kind
     undocumented = [name for name, field in cls.Settings.model_fields.items() if not field.description]
     assert undocumented in ([], ["seed"])
-
-
-def test_an_unknown_step_gets_the_closest_name():
-    with pytest.raises(MegalmError, match="did you mean 'near_duplicates'"):
-        step_class("near_duplicate")
-    with pytest.raises(MegalmError, match="choose one of"):
-        step_class("xyz")
 
 
 # datatrove's own filters, on the same words

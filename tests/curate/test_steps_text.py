@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from megalm.curate.document import Document, Rejection
+from megalm.curate.recipe import step_class
 from megalm.curate.step import Merging, Step
 from megalm.curate.steps.compiled import compiled
 from megalm.curate.steps.lists import host_of
 from megalm.curate.steps.quality_classifier import HashedNgrams, train
-from megalm.curate.steps.registry import KINDS, step_class
+from megalm.curate.steps.registry import KINDS
 from megalm.errors import MegalmError
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -366,7 +367,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_text_however_odd_stops_a_step(kind, tmp_path):
+def test_no_text_however_odd_stops_a_step(kind, tmp_path, request):
     """Every verdict is one of the two kinds, a rejection has a reason, and what goes on is still text."""
     settings: dict[str, Any] = {}
     if kind == "decontaminate":
@@ -374,11 +375,14 @@ def test_no_text_however_odd_stops_a_step(kind, tmp_path):
     elif kind == "quality_classifier":
         HashedNgrams(np.zeros(1024, dtype=np.float32), 0.1, 2, 100).save(tmp_path / "model.npz")
         settings = {"model": str(tmp_path / "model.npz")}
+    elif kind == "perplexity":
+        model = request.getfixturevalue("perplexity_model") / "model"
+        settings = {"models": {"en": {"path": str(model), "buckets": [100]}}}
     elif kind == "sample":
         settings = {"share": 0.5}
     step = build(kind, **settings)
     step.prepare()
-    documents = [Document(f"odd-{number}\ud800", text) for number, text in enumerate(ODD)]
+    documents = [Document(f"odd-{number}\ud800", text, {"language": "en"}) for number, text in enumerate(ODD)]
     if isinstance(step, Merging):
         (tmp_path / "sketch").write_bytes(step.sketch(documents))
         step.merge([tmp_path / "sketch"], tmp_path / "verdicts")
