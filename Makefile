@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sft test test-gpu test-matrix test-slurm lint format
+.PHONY: help setup demo demo-sft test test-gpu benchmark-gpu test-matrix test-slurm lint format
 
 # An environment is active if its activate script ran (conda's base environment is the system, not an environment).
 ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
@@ -17,7 +17,7 @@ STAMP := $(ENVIRONMENT)/.megalm-setup-$(firstword $(shell echo '$(CURDIR)' | cks
 PINS := $(ENVIRONMENT)/megalm-constraints.txt
 
 help: ## list the targets
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
 
 setup: $(STAMP) ## install megalm and its tools, unless nothing has changed since the last time
 
@@ -91,6 +91,9 @@ test: setup ## run every test this machine can run
 
 test-gpu: setup ## run the tests that need a CUDA device
 	$(PYTHON) -m pytest -m gpu
+
+benchmark-gpu: setup ## test the kernels of a CUDA device, then measure it, into runs/gpu (a quarter of an hour)
+	PYTHON=$(PYTHON) benchmarks/gpu.sh
 
 test-matrix: setup ## hold every layout against one process, and write what is proved (two hours on two cores)
 	$(PYTHON) -m tests.distributed.matrix

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
@@ -164,8 +164,16 @@ def run_side(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.side == MEGALM:
         times, losses, parts = train_megalm(config, profile_from=arguments.skip if arguments.profile else None)
     else:
-        times, losses = train_trainer(config, bf16_weights=arguments.side == TRAINER_BF16)
-        parts = {}
+        times, parts = [], {}
+        model, rounded = transformers_model(config), arguments.side == TRAINER_BF16
+        losses = train_trainer(
+            config,
+            model.bfloat16() if rounded else model,
+            dataset(windows(config), config.train.steps),
+            after_step=lambda: times.append((time.perf_counter(), time.process_time())),
+            autocast=config.train.precision == "bf16" and not rounded,
+            use_cpu=True,
+        )
     tokens = config.train.global_batch_size * config.train.sequence_length * (arguments.steps - arguments.skip)
     wall, cpu = (last - first for first, last in zip(times[arguments.skip - 1], times[-1], strict=True))
     return {"tokens_per_second": tokens / wall, "tokens_per_cpu_second": tokens / cpu, "losses": losses, "parts": parts}
@@ -203,20 +211,21 @@ def train_megalm(config: RunConfig, profile_from: int | None) -> tuple[list[Cloc
     return times, losses, profile.parts() if profile else {}
 
 
-def train_trainer(config: RunConfig, bf16_weights: bool) -> tuple[list[Clocks], list[float]]:
-    """The same run by transformers.Trainer: the time after each step, and the losses."""
+def train_trainer(
+    config: RunConfig, model: Any, samples: Any, after_step: Callable[[], None], *, autocast: bool, use_cpu: bool
+) -> list[float]:
+    """The same run by transformers.Trainer over a torch Dataset: the losses of all steps."""
     import torch
     import transformers
 
     from megalm.optim.schedule import learning_rate
 
     transformers.utils.logging.set_verbosity_error()
-    times: list[Clocks] = []
     sums: list[torch.Tensor] = []
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append((time.perf_counter(), time.process_time()))
+            after_step()
 
     class Trainer(transformers.Trainer):
         """Keeps the loss of every micro-batch, and takes megalm's learning rates."""
@@ -239,8 +248,8 @@ def train_trainer(config: RunConfig, bf16_weights: bool) -> tuple[list[Clocks], 
         max_steps=train.steps,
         per_device_train_batch_size=train.micro_batch_size,
         gradient_accumulation_steps=accumulation,
-        bf16=train.precision == "bf16" and not bf16_weights,
-        use_cpu=True,
+        bf16=autocast,
+        use_cpu=use_cpu,
         optim="adamw_torch_fused",
         learning_rate=optimizer.learning_rate,
         adam_beta1=optimizer.beta1,
@@ -256,27 +265,27 @@ def train_trainer(config: RunConfig, bf16_weights: bool) -> tuple[list[Clocks], 
         report_to="none",
         disable_tqdm=True,
     )
-    model = llama(config)
-    if bf16_weights:
-        model = model.bfloat16()
-    Trainer(model, settings, train_dataset=windows(config), callbacks=[Clock()]).train()
-    losses = torch.stack(sums).view(train.steps, accumulation).sum(1)
-    return times, losses.tolist()
+    Trainer(model, settings, train_dataset=samples, callbacks=[Clock()]).train()
+    return torch.stack(sums).view(train.steps, accumulation).sum(1).tolist()
 
 
-def windows(config: RunConfig) -> Any:
-    """Every sample of the run in the loader's order, as a torch Dataset of what Llama takes."""
-    import torch
-
+def windows(config: RunConfig) -> Loader:
+    """The run's loader."""
     from megalm.tokenizer.load import load as load_tokenizer
 
     data, train = config.data, config.train
     samples = Windows(data.sources, load_tokenizer(data.tokenizer), train.sequence_length,
                       attend_across_documents=data.attend_across_documents)  # fmt: skip
-    loader = Loader(samples, rank=0, size=1, seed=config.run.seed, shuffle=data.shuffle,
-                    global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size)  # fmt: skip
+    return Loader(samples, rank=0, size=1, seed=config.run.seed, shuffle=data.shuffle,
+                  global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size)  # fmt: skip
+
+
+def dataset(loader: Loader, steps: int) -> Any:
+    """Every sample of a run in the loader's order, as a torch Dataset of what transformers' models take."""
+    import torch
+
     with loader:
-        batches = list(chain.from_iterable(step for step, _ in islice(loader, train.steps)))
+        batches = list(chain.from_iterable(step for step, _ in islice(loader, steps)))
     tokens = torch.from_numpy(np.concatenate([batch.tokens for batch in batches]))
     labels = torch.from_numpy(np.concatenate([np.where(batch.loss_mask, batch.labels, -100) for batch in batches]))
 
@@ -291,53 +300,35 @@ def windows(config: RunConfig) -> Any:
     return Samples()
 
 
-def llama(config: RunConfig) -> Any:
-    """transformers' Llama with megalm's weights of step 0, which a bf16 run rounds to bf16."""
+def transformers_model(config: RunConfig) -> Any:
+    """transformers' model with megalm's weights of step 0, converted as a checkpoint would be; a bf16 run rounds them
+    to bf16. In fp32."""
     import torch
     import transformers
 
+    from megalm.convert import architectures
     from megalm.models.decoder import build_model, decoder
     from megalm.nn.layers import Layers
 
     ours = config.model
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=ours.vocab_size,
-            hidden_size=ours.hidden_size,
-            num_hidden_layers=ours.num_layers,
-            num_attention_heads=ours.num_attention_heads,
-            num_key_value_heads=ours.key_value_heads,
-            head_dim=ours.head_width,
-            intermediate_size=ours.feed_forward_width,
-            max_position_embeddings=ours.max_position_embeddings,
-            rope_theta=ours.rope_theta,
-            rms_norm_eps=ours.norm_eps,
-            tie_word_embeddings=ours.tie_word_embeddings,
-            use_cache=False,
-        )
-    )
-    names = {
-        "embedding.table": "model.embed_tokens",
-        "blocks.": "model.layers.",
-        "feed_forward_norm": "post_attention_layernorm",
-        "attention_norm": "input_layernorm",
-        ".attention.query": ".self_attn.q_proj",
-        ".attention.key": ".self_attn.k_proj",
-        ".attention.value": ".self_attn.v_proj",
-        ".attention.output": ".self_attn.o_proj",
-        "feed_forward.": "mlp.",
-        ".gate.": ".gate_proj.",
-        ".up.": ".up_proj.",
-        ".down.": ".down_proj.",
-        "norm.norm": "model.norm",
-        "head.": "lm_head.",
+    architecture = architectures.of_model(ours)
+    theirs = architecture.write(ours)
+    kind = transformers.AutoConfig.for_model(theirs.pop("model_type"), use_cache=False, **theirs)
+    for name in vars(kind):
+        if name.endswith(("dropout", "pdrop")):  # GPT-2's are 0.1 unless told otherwise
+            setattr(kind, name, 0.0)
+    model = getattr(transformers, architecture.model_class)(kind)
+    weights = build_model(decoder(ours, Layers(), seed=0), config.run.seed).named_weights()
+
+    def weight(name: str) -> torch.Tensor:
+        drawn = weights[name].detach()
+        return drawn.bfloat16().float() if config.train.precision == "bf16" else drawn
+
+    converted = {
+        entry.theirs: entry.mapping.export([weight(name) for name in entry.ours], ours)
+        for entry in architectures.entries(architecture, ours)
     }
-    weights = {}
-    for name, weight in build_model(decoder(ours, Layers(), seed=0), config.run.seed).named_weights().items():
-        for mine, theirs in names.items():
-            name = name.replace(mine, theirs)
-        weights[name] = weight.detach().bfloat16().float() if config.train.precision == "bf16" else weight.detach()
-    missing = model.load_state_dict(weights, strict=False)
+    missing = model.load_state_dict(converted, strict=False)
     assert not missing.unexpected_keys
     assert missing.missing_keys == ["lm_head.weight"] * ours.tie_word_embeddings
     assert all(p.dtype == torch.float32 for p in model.parameters())

@@ -21,7 +21,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from cpu_training import llama, processor
+from cpu_training import processor, transformers_model
 
 from megalm.config import load
 from megalm.errors import MegalmError, main_guard
@@ -262,7 +262,9 @@ def train_trl(
     rows = datasets.Dataset.from_list(
         [json.loads(line) for line in Path(config.data.sources[0].path).read_text(encoding="utf-8").splitlines()]
     )
-    trainer = Trainer(llama(config), settings, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()])
+    trainer = Trainer(
+        transformers_model(config), settings, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]
+    )
     trainer.train()
     return positions, [log["loss"] for log in trainer.state.log_history if "loss" in log]
 

@@ -29,9 +29,10 @@ class _CrossEntropy(torch.autograd.Function):
         logits, labels = ctx.saved_tensors
         logits_gradient = torch.empty_like(logits)
         for rows in _chunks(logits):
-            chunk = logits[rows].float().softmax(dim=-1)
+            chunk = logits[rows].softmax(dim=-1, dtype=torch.float32)  # one kernel on a GPU, and no second fp32 copy
             chunk.scatter_add_(1, labels[rows, None], chunk.new_full((len(chunk), 1), -1.0))
             logits_gradient[rows] = chunk.mul_(gradient[rows, None])
+            del chunk  # before the next one
         return logits_gradient, None
 
 
@@ -47,7 +48,9 @@ class _LogSumExp(torch.autograd.Function):
         (logits,) = ctx.saved_tensors
         logits_gradient = torch.empty_like(logits)
         for rows in _chunks(logits):
-            logits_gradient[rows] = logits[rows].float().softmax(dim=-1).mul_(gradient[rows, None])
+            chunk = logits[rows].softmax(dim=-1, dtype=torch.float32)
+            logits_gradient[rows] = chunk.mul_(gradient[rows, None])
+            del chunk
         return logits_gradient
 
 

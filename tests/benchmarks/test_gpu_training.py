@@ -1,0 +1,182 @@
+"""What can be proved of the GPU benchmarks without a GPU: counts, predictions, and that the whole path runs."""
+
+import gc
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megalm.errors import MegalmError
+from megalm.models.decoder import build_model, decoder
+from megalm.nn.kernels import BACKENDS
+from megalm.nn.layers import Layers
+from megalm.nn.loss import head_loss
+from megalm.training.loop import tensors
+from tests.benchmarks.scripts import script
+from tests.distributed.ranks import run_ranks
+
+gpu_measure, gpu_memory, gpu_training = map(script, ("gpu_measure", "gpu_memory", "gpu_training"))
+
+SMALL = ("model.num_layers=4", "model.vocab_size=2048", "train.sequence_length=128", "train.global_batch_size=4")
+"""Of the tiny preset: large enough that a step's memory is mainly what is predicted."""
+
+
+def test_flops_by_hand() -> None:
+    """The tiny model: width 128, 4 heads of 32 over 2, inner width 256, 2 blocks, 512 ids, 64 tokens."""
+    block = 128 * 128 + 2 * 128 * 64 + 128 * 128 + 3 * 128 * 256
+    matrices = 2 * block + 512 * 128
+    found = gpu_measure.flops_per_token(gpu_measure.read_config("tiny", steps=1))
+    assert found["6n"] == 6 * matrices
+    assert found["full"] == 6 * matrices + 12 * 2 * 4 * 32 * 64
+    assert found["causal"] == 6 * matrices + 12 * 2 * 4 * 32 * 32
+
+
+@pytest.mark.parametrize("change", ["model.num_layers=2", "model.num_layers=3", "train.sequence_length=96"])
+def test_flops_are_those_that_torch_counts(change: str) -> None:
+    """Of a forward and backward pass with the plain attention, which computes all pairs."""
+    config = gpu_measure.read_config("tiny", "model.attention_backend=plain", change, steps=1)
+    model = build_model(decoder(config.model, Layers(), seed=0, segmented=False), seed=0)
+    with gpu_measure.synthetic_loader(config) as loader:
+        inputs, targets = tensors(next(loader)[0][0])
+    with FlopCounterMode(display=False) as counter:
+        head_loss("language_model", Layers(), model(inputs), *targets).backward()
+    assert counter.get_total_flops() == inputs[0].numel() * gpu_measure.flops_per_token(config)["full"]
+
+
+def test_made_up_text_is_the_same_each_time_and_has_documents() -> None:
+    config = gpu_measure.read_config("tiny", "data.attend_across_documents=false", steps=1)
+    first, again = (next(gpu_measure.synthetic_loader(config))[0] for _ in range(2))
+    assert all((a.tokens == b.tokens).all() for a, b in zip(first, again, strict=True))
+    batch = gpu_measure.Synthetic(config, document=20).batch([(0, 1)], torch.arange(1).numpy())
+    # The window begins at token 64; documents at 80 and 100 of it.
+    assert batch.segment_ids[0].tolist() == [0] * 16 + [1] * 20 + [2] * 20 + [3] * 8
+    assert batch.positions[0, :18].tolist() == [*range(16), 0, 1]
+
+
+def step_memory(changes: tuple[str, ...]) -> tuple[int, int]:
+    """On a rank: bytes of all tensors between two steps, and the most that the next step holds beside them."""
+    joined, device = start()
+    config = gpu_measure.read_config("tiny", *changes, steps=3)
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    seen: list[int] = []
+
+    def after_step(loss: float) -> None:
+        seen.append(0)
+        if len(seen) == 2:
+            live = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+            storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in live}
+            seen[0] = sum(storages.values())
+            profiler.start()
+
+    gpu_measure.train(config, joined, device, after_step=after_step, draw=False)
+    profiler.stop()
+    held = most = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return seen[0], most
+
+
+def start() -> tuple[Any, torch.device]:
+    from megalm.layout import Layout
+    from megalm.parallel import groups
+
+    device = gpu_measure.choose_device("cpu")
+    groups.start(device)
+    return groups.create(Layout()), device
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_memory_is_predicted(recompute: str) -> None:
+    changes = (*SMALL, "model.attention_backend=sdpa", f"parallel.recompute={recompute}")
+    # A CPU's softmax makes an fp32 copy of its input first.
+    predicted = gpu_memory.predict(gpu_measure.read_config("tiny", *changes, steps=1), chunk=2 * 2**19)
+    states = predicted.weights + predicted.master_weights + predicted.gradients + predicted.moments
+    [(between, most)] = run_ranks(1, step_memory, changes)
+    assert between == pytest.approx(states, rel=0.02)
+    assert most == pytest.approx(predicted.activations + predicted.temporaries, rel=0.1)
+    assert predicted.total == states + predicted.activations + predicted.temporaries
+
+
+def test_recomputation_and_rows_change_the_prediction_as_they_should() -> None:
+    def activations(*changes: str) -> int:
+        return gpu_memory.predict(gpu_measure.read_config("tiny", *SMALL, *changes, steps=1)).activations
+
+    assert activations("parallel.recompute=full") < 0.7 * activations()
+    assert activations("train.micro_batch_size=2") == pytest.approx(activations() / 2, rel=0.01)
+
+
+def test_a_layout_that_is_not_predicted_is_refused() -> None:
+    with pytest.raises(MegalmError, match="memory is predicted for"):
+        gpu_memory.predict(gpu_measure.read_config("tiny", "train.precision=fp32", steps=1))
+
+
+def test_what_does_not_fit_is_made_smaller() -> None:
+    whole = gpu_memory.predict(gpu_measure.read_config("tiny", *SMALL, steps=1)).total
+    name, changes = gpu_training.fit("tiny", list(SMALL), 1, whole)
+    assert (name, changes[-3]) == ("tiny", "train.micro_batch_size=4")
+    name, changes = gpu_training.fit("tiny", list(SMALL), 1, whole - 1)
+    assert (name, changes[-3]) == ("tiny", "train.micro_batch_size=2")
+    one_row = gpu_memory.predict(gpu_measure.read_config("tiny", *SMALL, "train.micro_batch_size=1", steps=1)).total
+    name, changes = gpu_training.fit("tiny", list(SMALL), 1, one_row - 1)
+    assert (name, changes[-2]) == ("tiny, 3 of 4 blocks", "model.num_layers=3")
+    with pytest.raises(MegalmError, match="more than 0 MiB with one row"):
+        gpu_training.fit("tiny", list(SMALL), 1, 1000)
+
+
+def test_the_ladder_names_every_lever() -> None:
+    base = gpu_measure.read_config("tiny", steps=1)
+    rungs = gpu_training.ladder(base, torch.device("cpu"))
+    tried = {name.removeprefix("attention ") for name in rungs if name.startswith("attention ")}
+    assert len(BACKENDS.keys() - tried) == 1, "the base's own"
+    for rung, changes in rungs.items():
+        assert gpu_measure.read_config("tiny", *changes, steps=1) != base, rung
+
+
+def test_a_rung_that_trains_another_model_is_wrong() -> None:
+    assert gpu_training.fault([6.2, 6.1], reference=None) == ""
+    assert gpu_training.fault([6.2, 6.1], reference=6.21) == ""
+    assert "the first loss is" in gpu_training.fault([6.2, 6.1], reference=6.3)
+    assert "does not fall" in gpu_training.fault([6.2, 6.2], reference=6.2)
+    assert "does not fall" in gpu_training.fault([float("nan")] * 2, reference=None)
+
+
+def rungs(until: float, output: Path) -> tuple[int, int]:
+    """On a rank: the whole path of a worker; rungs that were wrong, and engines that are still there."""
+    from deepspeed import DeepSpeedEngine
+
+    wrong = gpu_training.work(
+        Namespace(device="cpu", output=output, worker="tiny", set=[], rung=["base", "full", "apex"], steps=2, warmup=1,
+                  until=until)
+    )  # fmt: skip
+    gc.collect()
+    return wrong, sum(isinstance(each, DeepSpeedEngine) for each in gc.get_objects())
+
+
+def test_a_ladder_on_a_cpu(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    assert run_ranks(1, rungs, float("inf"), output) == [(0, 0)]
+    facts, base, apex, full = [json.loads(line) for line in output.read_text().splitlines()]
+    assert facts["torch"] == torch.__version__
+    assert [base["rung"], apex["rung"], full["rung"]] == ["base", "norm apex", "recompute full"]
+    assert "apex" in apex["refused"] and "tokens_per_second" not in apex
+    for row in (base, full):
+        assert len(row["losses"]) == 3 and len(row["step_seconds"]) == 2
+        assert row["tokens_per_second"] == row["tokens_per_step"] / row["seconds"]
+        assert row["predicted_total"] == sum(row["predicted_memory"].values())
+        assert row["peak_memory"] is None and row["mfu_full"] is None, "a CPU has neither"
+    assert full["losses"][0] == pytest.approx(base["losses"][0], rel=1e-3)
+    assert "parallel.recompute=full" in full["settings"]
+    assert full["predicted_total"] < base["predicted_total"]
+
+
+def test_nothing_starts_after_the_time_is_over(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    run_ranks(1, rungs, 1.0, output)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["skipped"] for row in rows[1:]] == ["--minutes are over"] * 3
