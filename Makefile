@@ -63,22 +63,24 @@ demo: setup ## train a small model on real text and let it write; CORPUS=path fo
 	@echo && echo "What it writes:" && echo
 	@$(PYTHON) tools/generate.py $(DEMO)/run --prompt "The following" --max-new-tokens 120 --temperature 0.7 --top-p 0.9
 
-SFT := runs/demo-sft
 # What demo-sft learns: a folder with a classification set (.tsv: text and label, or a number of a name in *labels.txt)
 # and a chat set (*alpaca*.json or *chat*.json, .jsonl); by default rows about the Python installation itself.
 DATA ?=
+SFT := runs/demo-sft$(addprefix -,$(notdir $(patsubst %/,%,$(DATA))))
 CLASSES := $(if $(DATA),tsv $(wildcard $(DATA)/*.tsv) $(addprefix --names ,$(wildcard $(DATA)/*labels.txt)),python-modules)
 CHATS := $(if $(DATA),rows $(wildcard $(DATA)/*alpaca*.json* $(DATA)/*chat*.json*),python-questions)
-QUESTION ?= What does dumps in Python's module json do?
+QUESTION ?= $(if $(DATA),Give three tips for staying healthy.,What does dumps in Python's module json do?)
+TRAIN_ON = $(TRAIN) --config configs/demo_$1.yaml --set run.directory=$(SFT)/$1 \
+	--set data.sources.0.path=$(SFT)/$2/train.jsonl --set data.held_out.0.path=$(SFT)/$2/held_out.jsonl
 
 demo-sft: setup ## fine-tune the demo's model to classify and to chat, beside baselines; DATA=folder for your own rows
 	@test -e $(DEMO)/run/checkpoints/latest || $(MAKE) demo
 	@$(PYTHON) tools/prepare_rows.py $(CLASSES) --output $(SFT)/class_rows
 	@$(PYTHON) tools/prepare_rows.py $(CHATS) --output $(SFT)/chat_rows
-	@$(TRAIN) --config configs/demo_classes.yaml
+	@$(call TRAIN_ON,classes,class_rows)
 	@$(PYTHON) tools/report_run.py $(SFT)/classes
 	@$(PYTHON) benchmarks/classifier_baselines.py --run $(SFT)/classes
-	@$(TRAIN) --config configs/demo_chat.yaml
+	@$(call TRAIN_ON,chat,chat_rows)
 	@echo && echo "$(QUESTION)" && echo && echo "Before:"
 	@$(PYTHON) tools/generate.py $(DEMO)/run --chat --prompt "$(QUESTION)" --max-new-tokens 60 --temperature 0
 	@echo && echo "After:"

@@ -160,6 +160,7 @@ def ladder(base: RunConfig, device: torch.device) -> dict[str, list[str]]:
     return {
         **{f"attention {name}": [f"model.attention_backend={name}"] for name in BACKENDS if name != taken},
         **{f"norm {name}": [f"model.norm_implementation={name}"] for name in ("torch", "apex") if name != norm},
+        "compiled": ["train.compile=true"],
         **{f"recompute {what}": [f"parallel.recompute={what}"] for what in ("selective", "full")},
         "optimizer not fused": ["optimizer.implementation=torch"],
         **{f"{count} rows at a time": [f"train.micro_batch_size={count}"] for count in other_rows},

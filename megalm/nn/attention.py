@@ -15,7 +15,7 @@ from megalm.nn.dropout import AttentionDropout, Dropout
 from megalm.nn.kernels import LONG, Mask, MaskKind, Requirements, attention, resolve
 from megalm.nn.layers import Layers
 from megalm.nn.norm import RMSNorm
-from megalm.nn.position import alibi_slopes, rotary_angles, rotate
+from megalm.nn.position import alibi_slopes, rotary_angles, rotary_frequencies, rotate
 
 
 class Attention(nn.Module):
@@ -66,6 +66,8 @@ class Attention(nn.Module):
         self.query_norm = head_norm() if config.qk_norm else None
         self.key_norm = head_norm() if config.qk_norm else None
         self.dropout = Dropout(config.attention_dropout, seed, f"{site}.weights")
+        self.frequencies: Tensor | None = None
+        """Rotary ones, in a compiled block."""
         self.cache: KeyValueCache | None = None
         """Set for the length of a forward pass that goes on where earlier ones ended (eval.inference)."""
 
@@ -134,7 +136,7 @@ class Attention(nn.Module):
         """Values mixed by attention, with the shape of q."""
         if self.position == "rotary":
             angles = rotary_angles(
-                positions, self.config.rotary_width, self.config.rope_theta, self.config.rope_scaling
+                positions, self.config.rotary_width, self.config.rope_theta, self.config.rope_scaling, self.frequencies
             )
             q, k = rotate(q, *angles), rotate(k, *angles)
         if self.cache is not None:
@@ -143,6 +145,17 @@ class Attention(nn.Module):
             k, v = self.cache.extend(k, v, positions)
             if begun:
                 mask = replace(mask, query_positions=positions)
+        return self._attend(q, k, v, mask)
+
+    def prepare_to_compile(self, device: torch.device) -> None:
+        """Have ready what torch.compile cannot look up, and keep the kernel apart from it."""
+        if self.position == "rotary":
+            self.frequencies = rotary_frequencies(
+                self.config.rotary_width, self.config.rope_theta, self.config.rope_scaling, device
+            )
+        self._attend = torch.compiler.disable(self._attend)  # type: ignore[method-assign]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         needs = Requirements(
             device=q.device.type,
             dtype=q.dtype,

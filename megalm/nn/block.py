@@ -1,5 +1,6 @@
 """The pre-norm Transformer block."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -72,12 +73,22 @@ class Block(nn.Module):
         self.feed_forward_norm = hidden_norm(config, layers)
         self.feed_forward = FeedForward(config, layers, std=std, output_std=output_std)
         self.feed_forward_dropout = drop("feed_forward")
+        self._compiled: Callable[..., Tensor] | None = None
+
+    def compile_training(self, device: torch.device) -> None:
+        """Let torch.compile fuse what stands around the attention kernel, in training; what evaluates or generates
+        stays as it is, and so do the kernels. Blocks that are alike share what is compiled, at the first step."""
+        assert self.cross_attention is None, "no decoder has one"
+        self.attention.prepare_to_compile(device)
+        self._compiled = torch.compile(self._hidden, dynamic=False)
 
     def forward(self, stream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self.recompute == "full" and torch.is_grad_enabled():
-            hidden = checkpoint(self._hidden, *stream, use_reentrant=False, preserve_rng_state=False)
+        training = torch.is_grad_enabled()
+        inside = self._compiled if self._compiled and training else self._hidden
+        if self.recompute == "full" and training:
+            hidden = checkpoint(inside, *stream, use_reentrant=False, preserve_rng_state=False)
         else:
-            hidden = self._hidden(*stream)
+            hidden = inside(*stream)
         return hidden, *stream[1:]
 
     def _hidden(

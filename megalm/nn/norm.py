@@ -129,7 +129,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.shared(self.weight)
-        apex = apex_kernels(self.implementation, x.device.type)
+        apex = _fused(self.implementation, x)
         if apex is not None:
             return apex.fused_rms_norm_affine(x, weight, weight.shape, self.eps)
         if x.is_cuda:
@@ -152,10 +152,15 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.shared(self.weight), self.shared(self.bias)
-        apex = apex_kernels(self.implementation, x.device.type)
+        apex = _fused(self.implementation, x)
         if apex is not None:
             return apex.fused_layer_norm_affine(x, weight, bias, weight.shape, self.eps)
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+
+def _fused(implementation: str, x: Tensor) -> ModuleType | None:
+    """apex's kernels, but for torch.compile, which fuses more than the norm."""
+    return None if torch.compiler.is_compiling() else apex_kernels(implementation, x.device.type)
 
 
 def hidden_norm(config: BlockConfig, layers: Layers) -> nn.Module:

@@ -52,9 +52,15 @@ def rotary_attention_factor(scaling: RopeScaling | None) -> float:
     return 0.1 * math.log(scaling.factor) + 1.0
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle: positions [batch, seq] -> two [batch, seq, 1, head_dim / 2], fp32."""
-    frequencies = rotary_frequencies(head_dim, theta, scaling, positions.device)
+def rotary_angles(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None, frequencies: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of every angle: positions [batch, seq] -> two [batch, seq, 1, head_dim / 2], fp32.
+
+    frequencies: rotary_frequencies(), where they are at hand.
+    """
+    if frequencies is None:
+        frequencies = rotary_frequencies(head_dim, theta, scaling, positions.device)
     angles = positions[:, :, None, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
     factor = rotary_attention_factor(scaling)

@@ -17,6 +17,7 @@ from megalm.errors import MegalmError
 from megalm.models import tuning as tunings
 from megalm.models.decoder import LayerSpec, build_model
 from megalm.nn.attention import requirements
+from megalm.nn.block import Block
 from megalm.nn.init import spec_of
 from megalm.nn.kernels import resolve
 from megalm.nn.layers import Layers
@@ -113,6 +114,10 @@ def build_engine(
             layers.tensor_size,
             *([finish] if parallel.zero == 3 else []),
         )
+    if train.compile:
+        for block in module.modules():
+            if isinstance(block, Block):
+                block.compile_training(device)
     named = list(engine.full_names(module, [spec.name for spec in specs]))
     tunings.freeze(named, tuning)
     decayed = parameter_groups(
@@ -359,7 +364,8 @@ def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dic
         ),
         "device": f"{where}, {config.train.precision}, ZeRO {config.parallel.zero}",
         "attention": resolve(config.model.attention_backend, needs),
-        "norm": f"{config.model.norm}, {resolve_norm(config.model.norm_implementation, device.type)}",
+        "norm": f"{config.model.norm}, "
+        + ("compiled" if config.train.compile else resolve_norm(config.model.norm_implementation, device.type)),
         "optimizer": "AdamW, "
         + resolve_implementation(optimizer.implementation, device.type, config.parallel.offload_optimizer),
         **_tuning_facts(config, sizes),

@@ -46,6 +46,10 @@ class TrainSection(Config):
     deterministic: bool = False
     """On a GPU, only kernels that give the same bits in every run, at some speed, so that a run resumes bitwise. A
     CPU's always do."""
+    compile: bool = False
+    """Let torch.compile fuse what stands around attention's kernel in each block: norms, rotation, activation, sums. It
+    needs parallel.tensor 1, parallel.pipeline 1, parallel.zero 0 to 2, no adapters and no dropout, and takes about a
+    minute at the first step."""
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     """What a step with a non-finite loss or gradient norm does. `rollback` reloads the newest checkpoint."""
     on_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
@@ -166,6 +170,8 @@ class RunConfig(Config):
                 f"parallel.zero 0 with train.precision {train.precision} would accumulate gradients in "
                 f"{train.precision}: set parallel.zero to 1, which keeps fp32 ones"
             )
+        if train.compile and (why := self._uncompiled()):
+            raise ValueError(f"train.compile is not proved with {why}: change that, or leave train.compile out")
         check_pass_through(self.deepspeed)
         held_out = [source.path for source in self.data.held_out]
         if twice := sorted({path for path in held_out if held_out.count(path) > 1}):
@@ -195,3 +201,16 @@ class RunConfig(Config):
         if not self.data.tokenizer:
             raise ValueError("data.tokenizer is empty: name the tokenizer the shards were written with")
         return self
+
+    def _uncompiled(self) -> str:
+        """What keeps train.compile from being used; empty if nothing does."""
+        model, parallel = self.model, self.parallel
+        reasons = {
+            f"parallel.tensor {parallel.tensor}": parallel.tensor > 1,
+            f"parallel.pipeline {parallel.pipeline}": parallel.pipeline > 1,
+            "parallel.zero 3": parallel.zero == 3,
+            f"tuning.method {self.tuning.method}": self.tuning.adapts,
+            "model.norm_implementation apex": model.norm_implementation == "apex",
+            "dropout": model.hidden_dropout > 0 or model.attention_dropout > 0,
+        }
+        return next((what for what, holds in reasons.items() if holds), "")

@@ -1,0 +1,119 @@
+"""train.compile changes how fast a step is and nothing else."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from megalm.training.config import RunConfig
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training import config, engine_curve, join, micro_batches
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+STEPS = 6
+
+
+def run(compile: bool = True, **sections: dict[str, Any]) -> RunConfig:
+    sections["train"] = {"compile": compile, "micro_batch_size": 4} | sections.get("train", {})
+    return config(**sections)
+
+
+def counted(run: RunConfig) -> tuple[list[tuple[float, float]], int, int]:
+    """The curve; graphs compiled in all, and how many of them after the first step."""
+    from torch._dynamo.utils import counters
+
+    from megalm.training.build import build_engine
+
+    joined = join(run)
+    engine, _ = build_engine(run, joined, torch.device("cpu"), lambda norm: True)
+    curve, compiled = [], []
+    for step in range(STEPS):
+        done = engine.step(micro_batches(step, run, joined.data_rank, joined.layout), run.optimizer.learning_rate)
+        curve.append((done.loss, done.grad_norm))
+        compiled.append(counters["stats"]["unique_graphs"])
+    return curve, compiled[-1], compiled[-1] - compiled[0]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"model": {"qk_norm": True}, "parallel": {"recompute": "full"}},
+        {
+            "model": {"norm": "layernorm", "position": "learned", "activation": "gelu", "attention_bias": True},
+            "parallel": {"recompute": "selective"},
+        },
+    ],
+    ids=["llama", "qk-norm, full recomputation", "gpt2, selective recomputation"],
+)
+def test_a_compiled_run_has_the_curve_of_a_plain_one(sections):
+    [(curve, compiled, later)] = run_ranks(1, counted, run(**sections))
+    [plain] = run_ranks(1, engine_curve, run(compile=False, **sections), STEPS)
+    assert compiled > 0, "nothing was compiled"
+    assert later == 0, "a run compiles once"
+    assert curve == [pytest.approx(step, rel=1e-5) for step in plain]
+
+
+@needs_compiler
+@pytest.mark.parametrize("zero", [1, 2])
+def test_ranks_share_the_work_and_bf16_stays_close(zero):
+    """On two ranks. What is fused is not rounded to bf16 in between, so that curves part by as much as that rounds."""
+    sections: dict[str, Any] = {"parallel": {"zero": zero}, "train": {"precision": "bf16"}}
+    [ours, again] = run_ranks(2, engine_curve, run(**sections), STEPS)
+    [plain, _] = run_ranks(2, engine_curve, run(compile=False, **sections), STEPS)
+    assert ours == again and ours != plain
+    for (loss, norm), (plain_loss, plain_norm) in zip(ours, plain, strict=True):
+        assert loss == pytest.approx(plain_loss, rel=2e-3) and norm == pytest.approx(plain_norm, rel=2e-2)
+
+
+def forget_residual() -> None:
+    """A bug within what is compiled."""
+    from megalm.nn.block import Block
+
+    plain = Block._hidden
+    Block._hidden = lambda self, x, *rest: plain(self, x, *rest) - 1e-3 * x  # type: ignore[method-assign]
+
+
+@needs_compiler
+def test_a_planted_bug_is_seen():
+    [wrong] = run_ranks(1, engine_curve, run(), 2, forget_residual)
+    [plain] = run_ranks(1, engine_curve, run(compile=False), 2)
+    assert wrong != [pytest.approx(step, rel=1e-5) for step in plain]
+
+
+@pytest.mark.parametrize(
+    ("sections", "why"),
+    [
+        ({"parallel": {"tensor": 2}}, "parallel.tensor 2"),
+        ({"parallel": {"pipeline": 2}}, "parallel.pipeline 2"),
+        ({"parallel": {"zero": 3}}, "parallel.zero 3"),
+        ({"tuning": {"method": "lora"}}, "tuning.method lora"),
+        ({"model": {"hidden_dropout": 0.1}}, "dropout"),
+        ({"model": {"norm_implementation": "apex"}}, "norm_implementation apex"),
+    ],
+)
+def test_what_is_not_proved_is_refused(sections, why):
+    with pytest.raises(ValidationError, match=f"train.compile is not proved with .*{why}"):
+        run(**sections)
+
+
+def test_blocks_that_evaluate_are_not_compiled():
+    from megalm.models.decoder import build_model, decoder
+    from megalm.nn.block import Block
+    from megalm.nn.layers import Layers
+
+    model = build_model(decoder(run().model, Layers(), seed=0), 0)
+    called = []
+    for block in (layer for layer in model.modules() if isinstance(layer, Block)):
+        block.compile_training(torch.device("cpu"))
+        block._compiled = lambda *stream: called.append(1) or stream[0]
+    rows = torch.zeros(2, 16, dtype=torch.long)
+    stream = (rows, rows, torch.arange(16).repeat(2, 1), torch.arange(2))
+    with torch.no_grad():
+        model(stream)
+    assert not called
+    model(stream)
+    assert len(called) == 4
