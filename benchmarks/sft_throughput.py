@@ -188,10 +188,10 @@ def train_megalm(
     run.say = lambda message: None  # type: ignore[method-assign]
     step = run.engine.step
 
-    def counting(batches: Any, rate: float) -> Any:
+    def counting(batches: Any, *rest: Any) -> Any:
         nonlocal positions
         positions += sum(labels.numel() for _, (labels, _) in batches)
-        return step(batches, rate)
+        return step(batches, *rest)
 
     run.engine.step = counting  # type: ignore[method-assign]
 
