@@ -66,7 +66,14 @@ demo: setup ## train a small model on real text and let it write; CORPUS=path fo
 # What demo-sft learns: a folder with a classification set (.tsv: text and label, or a number of a name in *labels.txt)
 # and a chat set (*alpaca*.json or *chat*.json, .jsonl); by default rows about the Python installation itself.
 DATA ?=
-SFT := runs/demo-sft$(addprefix -,$(notdir $(patsubst %/,%,$(DATA))))
+ifneq ($(words $(wildcard $(addsuffix /*.*,$(DATA)))),0)
+# DATA's runs stand apart, also from those of a folder of the same name elsewhere.
+SFT := runs/demo-sft-$(notdir $(realpath $(DATA)))-$(firstword $(shell echo '$(realpath $(DATA))' | cksum))
+else ifeq ($(strip $(DATA)),)
+SFT := runs/demo-sft
+else
+$(error DATA=$(DATA) is no folder with files, or has a space in its name: correct the path)
+endif
 CLASSES := $(if $(DATA),tsv $(wildcard $(DATA)/*.tsv) $(addprefix --names ,$(wildcard $(DATA)/*labels.txt)),python-modules)
 CHATS := $(if $(DATA),rows $(wildcard $(DATA)/*alpaca*.json* $(DATA)/*chat*.json*),python-questions)
 QUESTION ?= $(if $(DATA),Give three tips for staying healthy.,What does dumps in Python's module json do?)

@@ -23,8 +23,8 @@ from megalm.nn.position import alibi_slopes, rotary_frequencies
 from megalm.training.config import RunConfig
 
 DTYPE = torch.bfloat16
-CHUNK = 2**27
-"""Numbers of fp32 that nn.cross_entropy holds at a time on a GPU, whose softmax reads bf16."""
+CHUNK = 2 * 2**27
+"""Numbers of fp32 that nn.cross_entropy holds at a time on a GPU: logits, and their softmax."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def predict(config: RunConfig, chunk: int = CHUNK) -> Memory:
     states = [DTYPE.itemsize * numbers, 4 * numbers, 4 * numbers, 8 * numbers]
     activations = sum(kept.values()) + logits
     # The logits' gradient, beside it some of it in fp32, or the gradient of the largest weight in both precisions.
-    backward = logits + max(min(4 * chunk, 2 * logits), (DTYPE.itemsize + 4) * largest)
+    backward = logits + max(min(4 * chunk, 4 * logits), (DTYPE.itemsize + 4) * largest)
     # What recomputation leaves out comes back one block at a time, by when there are no logits.
     recomputed = _layers(config, "none")[1]["blocks.0"] - kept["blocks.0"] - logits
     # Unfused, the update of a group of parameters makes two fp32 copies of it; by then there are no activations.

@@ -118,8 +118,12 @@ def work(arguments: argparse.Namespace) -> int:
         if started + slowest > arguments.until:
             row: dict[str, Any] = {"skipped": "--minutes are over"}
         else:
-            config = read_config(arguments.worker, *changes, *more, steps=steps)
-            row = {"settings": [*changes, *more], **try_rung(config, joined, device, arguments.warmup, available)}
+            row = {"settings": [*changes, *more]}
+            try:
+                config = read_config(arguments.worker, *changes, *more, steps=steps)
+                row |= try_rung(config, joined, device, arguments.warmup, available)
+            except MegalmError as error:  # what the config does not go with
+                row["refused"] = str(error)
         if "losses" in row:
             alike = config.segmented == base.segmented  # documents that do not see one another have another loss
             if problem := fault(row["losses"], first_loss if alike else None):
@@ -197,7 +201,7 @@ def try_rung(config: RunConfig, joined: Any, device: torch.device, warmup: int, 
 def measure(config: RunConfig, joined: Any, device: torch.device, warmup: int, predicted: Memory) -> dict[str, Any]:
     """Train config.train.steps steps, of which those after `warmup` are timed."""
     attention = resolve(config.model.attention_backend, needs(config, device))
-    norm = resolve_norm(config.model.norm_implementation, device.type)
+    norm = "compiled" if config.train.compile else resolve_norm(config.model.norm_implementation, device.type)
     laps, losses = Laps(device), []
     on_gpu = device.type == "cuda"
 

@@ -108,8 +108,8 @@ class Plan:
     def check(self) -> None:
         """Raise MegalmError if what steps read is not what it was when the run was begun."""
         now = _digests(self.recipe)
-        for path, digest in self.digests.items():
-            if now[path] != digest:
+        for path in sorted({*self.digests, *now}):
+            if now.get(path) != self.digests.get(path):
                 raise MegalmError(
                     f"{path}, which decides what is kept or how it is written, has changed since {self.folder.root} "
                     "was begun: put it back as it was, or name another directory to begin again with it"

@@ -170,6 +170,9 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
     devices.require_precision(config.train.precision)
     if config.train.deterministic:
         devices.require_determinism()
+    if config.train.compile:
+        whereabouts.note("trying torch.compile")
+        devices.require_compiler(device)
     groups.start(device)
     joined = groups.create(planned.layout)
     lock = Lock(Path(config.run.directory))

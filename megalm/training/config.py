@@ -48,8 +48,8 @@ class TrainSection(Config):
     CPU's always do."""
     compile: bool = False
     """Let torch.compile fuse what stands around attention's kernel in each block: norms, rotation, activation, sums. It
-    needs parallel.tensor 1, parallel.pipeline 1, parallel.zero 0 to 2, no adapters and no dropout, and takes about a
-    minute at the first step."""
+    needs parallel.tensor 1, parallel.pipeline 1, parallel.zero 0 to 2, fp32 or bf16, rows of one length, no adapters
+    and no dropout, and takes about a minute at the first step."""
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     """What a step with a non-finite loss or gradient norm does. `rollback` reloads the newest checkpoint."""
     on_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
@@ -209,8 +209,14 @@ class RunConfig(Config):
             f"parallel.tensor {parallel.tensor}": parallel.tensor > 1,
             f"parallel.pipeline {parallel.pipeline}": parallel.pipeline > 1,
             "parallel.zero 3": parallel.zero == 3,
+            "parallel.offload_optimizer": parallel.offload_optimizer,
+            "train.precision fp16": self.train.precision == "fp16",
+            "train.deterministic": self.train.deterministic,
+            "rows of several lengths (task.arrangement padded or sorted)": self.task is not None and not self.segmented,
             f"tuning.method {self.tuning.method}": self.tuning.adapts,
+            "tuning.head_first_steps": self.tuning.head_first_steps > 0,
             "model.norm_implementation apex": model.norm_implementation == "apex",
+            "model.position alibi": model.position == "alibi",
             "dropout": model.hidden_dropout > 0 or model.attention_dropout > 0,
         }
         return next((what for what, holds in reasons.items() if holds), "")

@@ -94,7 +94,6 @@ def start() -> tuple[Any, torch.device]:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_memory_is_predicted(recompute: str) -> None:
     changes = (*SMALL, "model.attention_backend=sdpa", f"parallel.recompute={recompute}")
-    # A CPU's softmax makes an fp32 copy of its input first.
     predicted = gpu_memory.predict(gpu_measure.read_config("tiny", *changes, steps=1), chunk=2 * 2**19)
     states = predicted.weights + predicted.master_weights + predicted.gradients + predicted.moments
     [(between, most)] = run_ranks(1, step_memory, changes)

@@ -12,6 +12,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from megalm.curate.document import Document
+from megalm.curate.plan import prepare
 from megalm.curate.recipe import build, step_class
 from megalm.curate.steps.kneser_ney import KneserNey
 from megalm.errors import MegalmError
@@ -19,7 +20,6 @@ from megalm.tokenizer.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LMPLZ = Path(__file__).parent / "lmplz"
-kenlm = pytest.importorskip("kenlm")
 
 
 def lines(count: int = 150, words: int = 400) -> list[list[int]]:
@@ -80,6 +80,7 @@ def test_the_numbers_are_those_of_nltk(tmp_path):
 
 @pytest.mark.parametrize("prune", [(0,), (0, 1, 2)])
 def test_probabilities_add_up_to_one(prune, tmp_path):
+    kenlm = pytest.importorskip("kenlm")
     text = lines()
     KneserNey(text, 4, prune).write(tmp_path / "model.arpa")
     model = kenlm.Model(str(tmp_path / "model.arpa"))
@@ -135,6 +136,8 @@ def test_good_text_surprises_less_than_noise(perplexity_model, tmp_path):
 
     step = Perplexity(Perplexity.Settings.model_validate({"models": {"zh": {"path": str(model)}}}))
     assert {Path(file).name for file in step.files()} > {"model.arpa"}
+    with pytest.raises(MegalmError, match="put the step language before it"):
+        step.apply([Document("1", "a text")])
     other = Document("1", "a text", {"language": "en"})
     assert step.apply([other]) == [None] and "perplexity" not in other.metadata
     (model / "model.arpa").write_text("not a model")
@@ -143,6 +146,31 @@ def test_good_text_surprises_less_than_noise(perplexity_model, tmp_path):
     (model / "model.arpa").unlink()
     with pytest.raises(MegalmError, match="no perplexity model"):
         judge(aside)
+
+
+@pytest.mark.parametrize(
+    ("models", "told"),
+    [
+        ({}, "at least 1 item"),
+        ({"english": {"path": "x"}}, "match pattern"),
+        ({"en": {"path": "x", "buckets": [30, 5]}}, "not ascending"),
+        ({"en": {"path": "x", "reject_above": 5, "reject_below": 6}}, "rejects everything"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(models, told):
+    pytest.importorskip("kenlm")
+    with pytest.raises(ValueError, match=told):
+        build([{"kind": "perplexity", "models": models}])
+
+
+def test_another_model_in_a_run_that_goes_on_is_refused(perplexity_model, make_recipe, tmp_path):
+    model = Path(shutil.copytree(perplexity_model / "model", tmp_path / "model"))
+    models = {"en": {"path": str(model)}, "zh": {"path": str(model)}}
+    recipe = make_recipe(steps=[{"kind": "language"}, {"kind": "perplexity", "models": models}])
+    prepare(recipe)
+    shutil.copy(model / "model.arpa", model / "model.bin")  # which would be taken from now on
+    with pytest.raises(MegalmError, match=r"model\.(arpa|bin), which decides"):
+        prepare(recipe)
 
 
 def test_a_missing_kenlm_is_told_with_the_recipe(monkeypatch):
@@ -154,11 +182,17 @@ def test_a_missing_kenlm_is_told_with_the_recipe(monkeypatch):
 def test_the_tool_refuses_with_a_sentence(tmp_path):
     train(lambda: list(topics.values())[:40], 600, sample_bytes=200_000).save(tmp_path / "tokenizer")
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "good.jsonl").write_text('{"text": "some words and some more"}\n')
     given = ["--tokenizer", tmp_path / "tokenizer", "--output", tmp_path / "model", "--corpus"]
     for arguments, told in (
         ([*given, tmp_path / "none.jsonl"], "none.jsonl"),
         ([*given, tmp_path / "empty.jsonl"], "no text"),
         ([*given, tmp_path / "empty.jsonl", "--order", "9"], "order 2 to 6"),
+        ([*given, tmp_path / "empty.jsonl", "--prune", "-1"], "at least 0"),
+        ([*given, tmp_path / "empty.jsonl", "--most-tokens", "0"], "at least 1"),
+        ([*given, tmp_path / "good.jsonl", "--text-field", "txt"], "without a text field 'txt'"),
+        ([*given, tmp_path / "good.jsonl", "--output", tmp_path], "is there already"),
+        ([*given, tmp_path / "good.jsonl", "--output", tmp_path / "good.jsonl" / "model"], "cannot write"),
     ):
         done = tool(*arguments)
         assert done.returncode != 0 and told in done.stderr and "Traceback" not in done.stderr

@@ -30,7 +30,10 @@ def counted(run: RunConfig) -> tuple[list[tuple[float, float]], int, int]:
     engine, _ = build_engine(run, joined, torch.device("cpu"), lambda norm: True)
     curve, compiled = [], []
     for step in range(STEPS):
-        done = engine.step(micro_batches(step, run, joined.data_rank, joined.layout), run.optimizer.learning_rate)
+        batches = micro_batches(step, run, joined.data_rank, joined.layout)
+        if step == STEPS // 2:
+            engine.evaluate(batches)
+        done = engine.step(batches, run.optimizer.learning_rate)
         curve.append((done.loss, done.grad_norm))
         compiled.append(counters["stats"]["unique_graphs"])
     return curve, compiled[-1], compiled[-1] - compiled[0]
@@ -46,8 +49,18 @@ def counted(run: RunConfig) -> tuple[list[tuple[float, float]], int, int]:
             "model": {"norm": "layernorm", "position": "learned", "activation": "gelu", "attention_bias": True},
             "parallel": {"recompute": "selective"},
         },
+        {
+            "model": {
+                "sliding_window": 5,
+                "rope_scaling": {"kind": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024},
+                "rotary_fraction": 0.5,
+                "parallel_residual": True,
+            },
+            "data": {"sources": [{"path": "unused"}], "tokenizer": "unused", "attend_across_documents": True},
+            "tuning": {"freeze": ["blocks.0.*"]},
+        },
     ],
-    ids=["llama", "qk-norm, full recomputation", "gpt2, selective recomputation"],
+    ids=["llama", "qk-norm, full recomputation", "gpt2, selective recomputation", "window, yarn, one segment, frozen"],
 )
 def test_a_compiled_run_has_the_curve_of_a_plain_one(sections):
     [(curve, compiled, later)] = run_ranks(1, counted, run(**sections))
@@ -62,9 +75,9 @@ def test_a_compiled_run_has_the_curve_of_a_plain_one(sections):
 def test_ranks_share_the_work_and_bf16_stays_close(zero):
     """On two ranks. What is fused is not rounded to bf16 in between, so that curves part by as much as that rounds."""
     sections: dict[str, Any] = {"parallel": {"zero": zero}, "train": {"precision": "bf16"}}
-    [ours, again] = run_ranks(2, engine_curve, run(**sections), STEPS)
+    [(ours, compiled, later), (again, _, _)] = run_ranks(2, counted, run(**sections))
     [plain, _] = run_ranks(2, engine_curve, run(compile=False, **sections), STEPS)
-    assert ours == again and ours != plain
+    assert ours == again and compiled > 0 and later == 0
     for (loss, norm), (plain_loss, plain_norm) in zip(ours, plain, strict=True):
         assert loss == pytest.approx(plain_loss, rel=2e-3) and norm == pytest.approx(plain_norm, rel=2e-2)
 
@@ -93,11 +106,29 @@ def test_a_planted_bug_is_seen():
         ({"tuning": {"method": "lora"}}, "tuning.method lora"),
         ({"model": {"hidden_dropout": 0.1}}, "dropout"),
         ({"model": {"norm_implementation": "apex"}}, "norm_implementation apex"),
+        ({"model": {"position": "alibi"}}, "position alibi"),
+        ({"train": {"precision": "fp16"}}, "precision fp16"),
+        ({"train": {"deterministic": True}}, "deterministic"),
+        ({"task": {"kind": "chat", "arrangement": "sorted"}}, "several lengths"),
     ],
 )
 def test_what_is_not_proved_is_refused(sections, why):
     with pytest.raises(ValidationError, match=f"train.compile is not proved with .*{why}"):
         run(**sections)
+
+
+def test_a_missing_compiler_is_told(monkeypatch):
+    from megalm.errors import MegalmError
+    from megalm.parallel import device
+
+    def refuse(function: object) -> object:
+        raise RuntimeError("no g++\nmore of it")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.raises(
+        MegalmError, match=r"does not work here \(no g\+\+\): install g\+\+, or leave train.compile out"
+    ):
+        device.require_compiler(torch.device("cpu"))
 
 
 def test_blocks_that_evaluate_are_not_compiled():

@@ -2,7 +2,7 @@
 
 kenlm's package for Python can only ask a model; its own estimator, lmplz, has to be compiled with Boost. What is here
 gives the same numbers (Chen and Goodman 1998, section 3; Heafield et al. 2013, section 3, for the order of things), in
-memory: about 200 bytes for each token of text at order 5.
+memory: 200 to 500 bytes for each token of text at order 5.
 """
 
 from array import array
@@ -57,6 +57,7 @@ class KneserNey:
         self, lines: Iterable[Sequence[int]], order: int, prune: Sequence[int] = (0,),
         discounts: Sequence[Discounts] = (),
     ) -> None:  # fmt: skip
+        prune = prune or (0,)
         most = [0, *(prune[min(n, len(prune)) - 1] for n in range(2, order + 1))]
         if most != sorted(most):
             raise MegalmError(f"prune {list(prune)}: the parts of a kept n-gram must stay, so give ascending numbers")

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
@@ -28,10 +28,22 @@ class ModelSettings(Config):
     reject_below: float | None = Field(None, gt=0)
     """What is said again and again surprises nobody."""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> "ModelSettings":
+        if self.buckets != sorted(self.buckets):
+            raise ValueError(f"buckets {self.buckets} are not ascending: sort them")
+        if self.reject_above is not None and self.reject_below is not None and self.reject_below > self.reject_above:
+            raise ValueError(
+                f"reject_below {self.reject_below:g} is above reject_above {self.reject_above:g}, which rejects "
+                "everything: lower it"
+            )
+        return self
+
 
 class PerplexitySettings(Config):
-    models: dict[str, ModelSettings]
-    """By language, as the step `language` told it. Documents of others go on without a perplexity."""
+    models: dict[Annotated[str, Field(pattern="^[a-z]{2,3}$")], ModelSettings] = Field(min_length=1)
+    """By language (`en`, `zh`), as the step `language` tells it, which belongs before this one. Documents of other
+    languages go on without a perplexity."""
 
 
 class Perplexity(ByDocument):
@@ -52,9 +64,11 @@ class Perplexity(ByDocument):
         return {language: PerplexityModel.load(model.path) for language, model in self.settings.models.items()}
 
     def files(self) -> Sequence[str]:
-        folders = [Path(model.path) for model in self.settings.models.values()]
-        inside = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
-        return list(map(str, inside or folders))
+        found: list[Path] = []
+        for folder in (Path(model.path) for model in self.settings.models.values()):
+            tokenizer = folder / TOKENIZER
+            found += [_ngrams_of(folder), *(sorted(tokenizer.iterdir()) if tokenizer.is_dir() else [tokenizer])]
+        return list(map(str, found))
 
     def prepare(self) -> None:
         for model in self._models.values():
@@ -66,6 +80,8 @@ class Perplexity(ByDocument):
 
     def verdict(self, document: Document) -> Rejection | None:
         language = document.metadata.get("language")
+        if language is None:
+            raise MegalmError("perplexity goes by a document's language: put the step language before it")
         settings = self.settings.models.get(str(language))
         if settings is None:
             return None
@@ -93,7 +109,7 @@ class PerplexityModel:
     def load(cls, folder: str | Path) -> "PerplexityModel":
         """Raises MegalmError if the folder holds no such model."""
         folder = Path(folder)
-        path = folder / BINARY if (folder / BINARY).exists() else folder / MODEL
+        path = _ngrams_of(folder)
         if not path.exists():
             raise MegalmError(
                 f"there is no perplexity model in {folder}: name a folder that tools/train_perplexity_model.py wrote"
@@ -114,13 +130,17 @@ class PerplexityModel:
             return None
         total: float = sum(self.ngrams.score(" ".join(map(str, line))) for line in lines)
         tokens = sum(len(line) + 1 for line in lines)
-        return float(min(10 ** min(-total / tokens, 300.0), 1e300))
+        return float(10 ** min(-total / tokens, 300.0))
 
 
 def lines_of(text: str, tokenizer: Tokenizer) -> list[list[int]]:
     """The ids of each line that holds something."""
     text = text.encode("utf-8", "replace").decode()  # without lone surrogates
     return tokenizer.encode_batch([line for line in map(str.strip, text.split("\n")) if line])
+
+
+def _ngrams_of(folder: Path) -> Path:
+    return folder / BINARY if (folder / BINARY).exists() else folder / MODEL
 
 
 def _kenlm() -> Any:
