@@ -50,6 +50,7 @@ class Experiment:
     baseline: str
     score: Callable[[list[Row], list[Row]], float]
     settings: tuple[str, ...] = ()
+    vocab_size: int = 4096
 
 
 # --- Rows ------------------------------------------------------------------------------------------------------------
@@ -228,7 +229,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         nearest_row(lambda row: row["turns"][0], lambda row: row["turns"][1], "chrf"),
         ("train.sequence_length=512",),
     ),
-    "continuation": Experiment(poems, "bits_per_byte", "pairs of characters", pairs_of_characters),
+    "continuation": Experiment(
+        poems,
+        "bits_per_byte",
+        "pairs of characters",
+        pairs_of_characters,
+        vocab_size=8192,  # classical Chinese
+    ),
 }
 
 
@@ -289,7 +296,7 @@ def megalm(
         settings.append(f"model.init_from={given.start}")
     else:
         texts = list(strings(train))
-        train_tokenizer(lambda: iter(texts), 4096).save(folder / "tokenizer")
+        train_tokenizer(lambda: iter(texts), experiment.vocab_size).save(folder / "tokenizer")
         settings.append(f"data.tokenizer={folder / 'tokenizer'}")
     command = [sys.executable, str(REPOSITORY / "megalm" / "train.py")]
     command += ["--config", str(REPOSITORY / "configs" / "run" / f"task_{name}.yaml")]
