@@ -182,35 +182,6 @@ def _fill(engine: Any, layer_names: list[str], seed: int) -> None:
     engine.state.publish()
 
 
-def flops_per_token(config: RunConfig) -> dict[str, float]:
-    """FLOPs of training per token by three conventions: `6n`, the matrices alone; `full`, 6 N + 12 L H Q T (PaLM);
-    `causal`, attention halved. N are the weights that a token is multiplied with, the head among them."""
-    model = config.model
-    matrices = flops.matmul_parameters(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.key_value_heads,
-        head_dim=model.head_width,
-        intermediate_size=model.feed_forward_width,
-        gated=model.gated,
-        vocab_size=model.padded_vocab_size(),
-    )
-
-    def with_attention(causal: bool) -> float:
-        return flops.flops_per_token(
-            matrices,
-            num_layers=model.num_layers,
-            num_attention_heads=model.num_attention_heads,
-            head_dim=model.head_width,
-            sequence_length=config.train.sequence_length,
-            sliding_window=model.sliding_window,
-            causal=causal,
-        )
-
-    return {"6n": 6.0 * matrices, "full": with_attention(False), "causal": with_attention(True)}
-
-
 class Laps:
     """The time between marks, by a GPU's own events, so that no mark waits for it, or by a CPU's clock."""
 

@@ -28,7 +28,6 @@ from gpu_measure import (
     Laps,
     Results,
     choose_device,
-    flops_per_token,
     introduce,
     matmul_rate,
     parser,
@@ -218,7 +217,7 @@ def measure(config: RunConfig, joined: Any, device: torch.device, warmup: int, p
     time_of_step = timing(seconds)
     tokens = config.train.global_batch_size * config.train.sequence_length
     rate = tokens / time_of_step["seconds"]
-    done = {name: rate * per_token for name, per_token in flops_per_token(config).items()}
+    done = {name: rate * per_token for name, per_token in config.flops_per_token().items()}
     peak = flops.peak_flops(torch.cuda.get_device_name(device)) if on_gpu else None
     allocated = torch.cuda.max_memory_allocated(device) if on_gpu else None
     return {

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from megalm.checkpoint.config import CheckpointConfig
 from megalm.config import Config
 from megalm.data.config import DataConfig
+from megalm.metrics import flops
 from megalm.metrics.config import LoggingConfig
 from megalm.models.config import ModelConfig, TuningConfig
 from megalm.optim.config import OptimizerConfig, ScheduleConfig
@@ -142,6 +143,34 @@ class RunConfig(Config):
         """Whether a row holds several documents that do not see one another. Packed examples always are; the padding
         behind a single one is seen by none of its tokens."""
         return not self.data.attend_across_documents if self.task is None else self.task.arrangement == "packed"
+
+    def flops_per_token(self) -> dict[str, float]:
+        """FLOPs of training per token by three conventions: `6n`, the matrices alone; `full`, 6 N + 12 L H Q T (PaLM);
+        `causal`, attention halved. N are the weights that a token is multiplied with, the head among them."""
+        model = self.model
+        matrices = flops.matmul_parameters(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.key_value_heads,
+            head_dim=model.head_width,
+            intermediate_size=model.feed_forward_width,
+            gated=model.gated,
+            vocab_size=model.padded_vocab_size(),
+        )
+
+        def with_attention(causal: bool) -> float:
+            return flops.flops_per_token(
+                matrices,
+                num_layers=model.num_layers,
+                num_attention_heads=model.num_attention_heads,
+                head_dim=model.head_width,
+                sequence_length=self.train.sequence_length,
+                sliding_window=model.sliding_window,
+                causal=causal,
+            )
+
+        return {"6n": 6.0 * matrices, "full": with_attention(False), "causal": with_attention(True)}
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

@@ -29,7 +29,7 @@ def test_flops_by_hand() -> None:
     """The tiny model: width 128, 4 heads of 32 over 2, inner width 256, 2 blocks, 512 ids, 64 tokens."""
     block = 128 * 128 + 2 * 128 * 64 + 128 * 128 + 3 * 128 * 256
     matrices = 2 * block + 512 * 128
-    found = gpu_measure.flops_per_token(gpu_measure.read_config("tiny", steps=1))
+    found = gpu_measure.read_config("tiny", steps=1).flops_per_token()
     assert found["6n"] == 6 * matrices
     assert found["full"] == 6 * matrices + 12 * 2 * 4 * 32 * 64
     assert found["causal"] == 6 * matrices + 12 * 2 * 4 * 32 * 32
@@ -44,7 +44,7 @@ def test_flops_are_those_that_torch_counts(change: str) -> None:
         inputs, targets = tensors(next(loader)[0][0])
     with FlopCounterMode(display=False) as counter:
         head_loss("language_model", Layers(), model(inputs), *targets).backward()
-    assert counter.get_total_flops() == inputs[0].numel() * gpu_measure.flops_per_token(config)["full"]
+    assert counter.get_total_flops() == inputs[0].numel() * config.flops_per_token()["full"]
 
 
 def test_made_up_text_is_the_same_each_time_and_has_documents() -> None:

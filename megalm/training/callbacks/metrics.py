@@ -80,29 +80,10 @@ class Metrics(Callback):
 
     def _utilisation(self, run: Run, rate: float) -> dict[str, float]:
         """TFLOP/s per GPU and MFU by both conventions: full attention (PaLM), and attention halved for causality."""
-        model, train = run.config.model, run.config.train
-        matrices = flops.matmul_parameters(
-            num_layers=model.num_layers,
-            hidden_size=model.hidden_size,
-            num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=model.key_value_heads,
-            head_dim=model.head_width,
-            intermediate_size=model.feed_forward_width,
-            gated=model.gated,
-            vocab_size=model.padded_vocab_size(),
-        )
         ranks, peak = run.plan.layout.world_size, flops.peak_flops(torch.cuda.get_device_name(self._device))
-        record = {}
-        for suffix, causal in (("", False), ("_causal", True)):
-            per_token = flops.flops_per_token(
-                matrices,
-                num_layers=model.num_layers,
-                num_attention_heads=model.num_attention_heads,
-                head_dim=model.head_width,
-                sequence_length=train.sequence_length,
-                sliding_window=model.sliding_window,
-                causal=causal,
-            )
+        needed, record = run.config.flops_per_token(), {}
+        for suffix, convention in (("", "full"), ("_causal", "causal")):
+            per_token = needed[convention]
             record[f"tflops{suffix}"] = rate * per_token / ranks / 1e12
             if peak:
                 record[f"mfu{suffix}"] = flops.mfu(rate, per_token, peak, ranks)
