@@ -1,11 +1,68 @@
-"""Cross entropy and log-normaliser that never hold the logits in fp32: they go through them some rows at a time."""
+"""Cross entropy and log-normaliser that never hold the logits in fp32.
 
-from collections.abc import Iterator
+A CPU goes through them some rows at a time, whose fp32 copy stays in its cache. On a GPU torch.compile makes one kernel
+of each pass, which reads the logits and writes nothing but the result.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+logger = logging.getLogger(__name__)
+
+
+def _normalizer(logits: Tensor) -> Tensor:
+    """[tokens, vocab] -> [tokens], fp32."""
+    return torch.logsumexp(logits.float(), dim=-1)
+
+
+def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(label), and the log-normaliser: both [tokens], fp32."""
+    normalizer = _normalizer(logits)
+    return normalizer - logits.gather(1, labels[:, None])[:, 0].float(), normalizer
+
+
+def _gradient(logits: Tensor, normalizer: Tensor, labels: Tensor | None, gradient: Tensor) -> Tensor:
+    """(probabilities - one_hot(label)) x gradient, or without labels probabilities x gradient, in logits' dtype."""
+    chances = torch.exp(logits.float() - normalizer[:, None])
+    if labels is not None:
+        chances = chances - (torch.arange(logits.shape[1], device=logits.device) == labels[:, None])
+    return (chances * gradient[:, None]).to(logits.dtype)
+
+
+class _Kernels(NamedTuple):
+    """The three functions above, each as one kernel."""
+
+    normalizer: Callable[..., Tensor]
+    losses: Callable[..., tuple[Tensor, Tensor]]
+    gradient: Callable[..., Tensor]
+
+
+def _compile() -> _Kernels:
+    return _Kernels(torch.compile(_normalizer), torch.compile(_losses), torch.compile(_gradient))
+
+
+@cache
+def _kernels(device: torch.device) -> _Kernels | None:
+    """None where they go through the logits in chunks."""
+    if device.type == "cpu":
+        return None
+    kernels = _compile()
+    try:
+        logits, labels = torch.ones(2, 8, device=device), torch.zeros(2, dtype=torch.long, device=device)
+        losses, normalizer = kernels.losses(logits, labels)
+        kernels.gradient(logits, normalizer, labels, losses)
+    except Exception as error:  # whatever its compilers say
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        logger.warning("cross entropy takes slower kernels, for torch.compile does not work here: %s", reason)
+        return None
+    return kernels
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
@@ -18,15 +75,21 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor) -> Tensor:
+        if kernels := _kernels(logits.device):
+            losses, normalizer = kernels.losses(logits, labels)
+            ctx.save_for_backward(logits, labels, normalizer)
+            return losses
         ctx.save_for_backward(logits, labels)
-        losses = [F.cross_entropy(logits[rows].float(), labels[rows], reduction="none") for rows in _chunks(logits)]
-        return torch.cat(losses)
+        chunks = [F.cross_entropy(logits[rows].float(), labels[rows], reduction="none") for rows in _chunks(logits)]
+        return torch.cat(chunks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         """d loss / d logits = probabilities - one_hot(label), of every row."""
-        logits, labels = ctx.saved_tensors
+        logits, labels, *normalizer = ctx.saved_tensors
+        if kernels := _kernels(logits.device):
+            return kernels.gradient(logits, *normalizer, labels, gradient), None
         logits_gradient = torch.empty_like(logits)
         for rows in _chunks(logits):
             chunk = logits[rows].float().softmax(dim=-1)
@@ -39,18 +102,22 @@ class _CrossEntropy(torch.autograd.Function):
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor) -> Tensor:
-        ctx.save_for_backward(logits)
-        return torch.cat([torch.logsumexp(logits[rows].float(), dim=-1) for rows in _chunks(logits)])
+        if kernels := _kernels(logits.device):
+            normalizer = kernels.normalizer(logits)
+        else:
+            normalizer = torch.cat([_normalizer(logits[rows]) for rows in _chunks(logits)])
+        ctx.save_for_backward(logits, normalizer)
+        return normalizer
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        (logits,) = ctx.saved_tensors
+        logits, normalizer = ctx.saved_tensors
+        if kernels := _kernels(logits.device):
+            return kernels.gradient(logits, normalizer, None, gradient)
         logits_gradient = torch.empty_like(logits)
         for rows in _chunks(logits):
-            chunk = logits[rows].float().softmax(dim=-1)
-            logits_gradient[rows] = chunk.mul_(gradient[rows, None])
-            del chunk
+            logits_gradient[rows] = _gradient(logits[rows], normalizer[rows], None, gradient[rows])
         return logits_gradient
 
 

@@ -35,6 +35,7 @@ OWNED = {
     "tensorboard": "logging.tensorboard",
     "checkpoint": "checkpoint",
     "steps_per_print": "logging.every",
+    "timers": "logging.every",
 }
 """Keys of DeepSpeed's config that megalm decides, and the megalm key that decides them."""
 
@@ -87,6 +88,8 @@ def derive(
         # With ZeRO 0 the engine's own norm leaves out every stage but the first: ours is used (engine.StepGuard).
         "gradient_clipping": gradient_clipping if parallel.zero else 0.0,
         "steps_per_print": 2**31 - 1,
+        # It waits for the GPU before and after every micro-batch, to measure what megalm measures itself.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {
             "stage": parallel.zero,
             "reduce_bucket_size": bucket,

@@ -5,10 +5,12 @@ import os
 import re
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from megalm.errors import MegalmError
 
@@ -67,6 +69,29 @@ class Stopwatch:
         if laps:
             laps[-1][1].synchronize()
         return float(sum(start.elapsed_time(end) for start, end in laps)) / 1000
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on the device. A GPU copies it when its turn comes, which no one waits for."""
+    if device.type == "cpu":
+        return x
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def fetch(x: Tensor) -> Callable[[], float]:
+    """A number of the device, to be asked for later: whoever asks waits for what the device was given before this call,
+    and not for what it was given since."""
+    if not x.is_cuda:
+        return x.item
+    here = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def number() -> float:
+        copied.synchronize()
+        return here.item()
+
+    return number
 
 
 def require_precision(precision: str) -> None:

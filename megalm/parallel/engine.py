@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from megalm.nn.adapter import MAGNITUDE, A, B, adapter_of
 from megalm.nn.gate import gates
-from megalm.parallel.device import Stopwatch
+from megalm.parallel.device import Stopwatch, fetch, send
 from megalm.parallel.groups import Groups, quiet
 from megalm.parallel.state import WEIGHT, Piece, State, pieces
 
@@ -85,22 +85,24 @@ class StepGuard:
         self.norm: Callable[[], float] | None = None
         self.clip: Callable[[float], None] | None = None
         self.declined = False
+        self.seen: float | None = None
+        """The norm of this step's gradients, once the optimizer was called."""
         self._verdict: bool | None = None
         self._step = optimizer.step
         optimizer.step = self._guarded  # type: ignore[method-assign]
 
     def open(self) -> None:
         """Start a new step: ZeRO may call the optimizer once per parameter group, under one verdict."""
-        self._verdict, self.declined = None, False
+        self._verdict, self.declined, self.seen = None, False, None
 
     def _guarded(self, *args: Any, **kwargs: Any) -> Any:
         assert self.norm is not None
         if self._verdict is None:
-            norm = self.norm()
-            self._verdict = self.accept(norm)
+            self.seen = self.norm()
+            self._verdict = self.accept(self.seen)
             self.declined = not self._verdict
             if self._verdict and self.clip:
-                self.clip(norm)
+                self.clip(self.seen)
         return self._step(*args, **kwargs) if self._verdict else None
 
 
@@ -122,12 +124,10 @@ class Engine(ABC):
         self.device = device
         self._guard = guard
         self._clipping = gradient_clipping
-        self._own_norm = engine.zero_optimization_stage() == 0
-        if self._own_norm:
+        if engine.zero_optimization_stage() == 0:
             guard.norm, guard.clip = self._gradient_norm, self._clip
         else:
             guard.norm = lambda: float(engine.optimizer._global_grad_norm)
-        self._norm = math.nan
         self._work = Stopwatch(device)
         self.note: Callable[[str], None] = lambda at: None
         """Told what this rank does from now on, for who watches it."""
@@ -152,9 +152,10 @@ class Engine(ABC):
         self.note("counting the tokens of the step")
         weighted, tokens = self._weigh(micro_batches, len(micro_batches))
         loss = self._train(weighted)
-        norm = self._norm if self._own_norm else float(self.engine.get_global_grad_norm())
+        # Where the gradients are not finite, DeepSpeed does not call the optimizer.
+        norm = float(self.engine.get_global_grad_norm()) if self._guard.seen is None else self._guard.seen
         applied = self.engine.was_step_applied() and not self._guard.declined
-        return StepResult(loss, norm, applied, tokens)
+        return StepResult(loss(), norm, applied, int(tokens()))
 
     def own_seconds(self) -> float:
         """What this rank's forward passes took since it was last asked: work that waits for no data-parallel rank."""
@@ -165,7 +166,7 @@ class Engine(ABC):
         self.note("evaluation")
         padded = self._padded(micro_batches)
         weighted, tokens = self._weigh(padded, len(padded))
-        return self._forward(weighted), tokens
+        return self._forward(weighted), int(tokens())
 
     def predict(self, micro_batches: Sequence[MicroBatch]) -> dict[int, np.ndarray]:
         """Logits [seq, width] fp32 of every row of `micro_batches` on all ranks, by sample id, in order; on rank 0,
@@ -192,8 +193,8 @@ class Engine(ABC):
         self._loss.keep, self._loss.kept = keep, {}
         batches = []
         for inputs, (_, mask) in self._padded(micro_batches):
-            here = tuple(x.to(self.device, non_blocking=True) for x in inputs)
-            batches.append((here, (here[3], mask.to(self.device, non_blocking=True))))
+            here = tuple(send(x, self.device) for x in inputs)
+            batches.append((here, (here[3], send(mask, self.device))))
         self._forward(batches)  # type: ignore[arg-type]
         self._loss.keep = None
         return self._loss.kept if self.groups.tensor_rank == 0 else {}
@@ -237,18 +238,18 @@ class Engine(ABC):
                 tensors[WEIGHT].copy_(norms[start : start + tensors[WEIGHT].numel()])
         self.state.publish()
 
-    def _weigh(self, micro_batches: Sequence[MicroBatch], count: int) -> tuple[list[MicroBatch], int]:
+    def _weigh(self, micro_batches: Sequence[MicroBatch], count: int) -> tuple[list[MicroBatch], Callable[[], float]]:
         """Turn each loss mask into weights under which the engine's averaging over micro-batches and ranks gives
-        the sum over trained tokens divided by their global number."""
-        total = torch.stack([mask.sum() for _, (_, mask) in micro_batches]).sum().to(self.device, torch.float64)
+        the sum over trained tokens divided by their global number; and that number."""
+        total = send(torch.stack([mask.sum() for _, (_, mask) in micro_batches]).sum().double(), self.device)
         dist.all_reduce(total, group=self.groups.data_group)
         scale = count * self.groups.layout.data / total.clamp(min=1)
         weighted = []
         for inputs, (labels, mask) in micro_batches:
-            inputs_here = tuple(x.to(self.device, non_blocking=True) for x in inputs)
-            weights = (mask.to(self.device, non_blocking=True) * scale).float()
-            weighted.append((inputs_here, (labels.to(self.device, non_blocking=True), weights)))
-        return weighted, int(total.item())  # type: ignore[return-value]
+            inputs_here = tuple(send(x, self.device) for x in inputs)
+            weights = (send(mask, self.device) * scale).float()
+            weighted.append((inputs_here, (send(labels, self.device), weights)))
+        return weighted, fetch(total)  # type: ignore[return-value]
 
     def named_weights(self, layer_names: Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
         """This stage's parameters under their full names, each at one rank of the pipeline, in an order that is the
@@ -264,7 +265,8 @@ class Engine(ABC):
                 yield name, parameter
 
     @abstractmethod
-    def _train(self, micro_batches: list[MicroBatch]) -> float: ...
+    def _train(self, micro_batches: list[MicroBatch]) -> Callable[[], float]:
+        """One step; its loss, to be asked for when there is nothing left to give the device."""
 
     @abstractmethod
     def _forward(self, micro_batches: list[MicroBatch]) -> float: ...
@@ -296,8 +298,7 @@ class Engine(ABC):
         norms = torch.stack(torch._foreach_norm(owned)) if owned else torch.zeros(1, device=self.device)
         square = norms.double().square().sum()
         dist.all_reduce(square, group=self.groups.model_group)
-        self._norm = math.sqrt(square.item())
-        return self._norm
+        return math.sqrt(square.item())
 
     def _clip(self, norm: float) -> None:
         if self._clipping and norm > self._clipping:
@@ -308,7 +309,7 @@ class Engine(ABC):
 class _ZeroEngine(Engine):
     """DeepSpeedEngine: one pipeline stage, ZeRO 0 to 3."""
 
-    def _train(self, micro_batches: list[MicroBatch]) -> float:
+    def _train(self, micro_batches: list[MicroBatch]) -> Callable[[], float]:
         self.engine.train()
         total = torch.zeros((), device=self.device)
         for number, (inputs, targets) in enumerate(micro_batches, start=1):
@@ -317,11 +318,13 @@ class _ZeroEngine(Engine):
                 loss = self._loss(self.engine(inputs), targets)
             self.note(f"backward pass of micro-batch {number}")
             self.engine.backward(loss)
+            total += loss.detach()
             if number == len(micro_batches):
+                # Before the update, which the host need not wait for: the next step is prepared meanwhile.
+                mean = self._mean(total, len(micro_batches))
                 self.note("update of the weights")
             self.engine.step()
-            total += loss.detach()
-        return self._mean(total, len(micro_batches))
+        return mean
 
     @torch.no_grad()
     def _forward(self, micro_batches: list[MicroBatch]) -> float:
@@ -329,11 +332,11 @@ class _ZeroEngine(Engine):
         total = torch.zeros((), device=self.device)
         for inputs, targets in micro_batches:
             total += self._loss(self.engine(inputs), targets)
-        return self._mean(total, len(micro_batches))
+        return self._mean(total, len(micro_batches))()
 
-    def _mean(self, total: Tensor, count: int) -> float:
+    def _mean(self, total: Tensor, count: int) -> Callable[[], float]:
         dist.all_reduce(total, group=self.groups.data_group)
-        return total.item() / (count * self.groups.layout.data)
+        return fetch(total / (count * self.groups.layout.data))
 
 
 _FROM_BEFORE, _FROM_AFTER = schedule.RecvActivation, schedule.RecvGrad
@@ -383,9 +386,10 @@ class _PipelineEngine(Engine):
 
         return instruction
 
-    def _train(self, micro_batches: list[MicroBatch]) -> float:
+    def _train(self, micro_batches: list[MicroBatch]) -> Callable[[], float]:
         self._begun.clear()
-        return self.engine.train_batch(iter(micro_batches)).item()
+        loss = self.engine.train_batch(iter(micro_batches))
+        return loss.item
 
     def _forward(self, micro_batches: list[MicroBatch]) -> float:
         size = self._evaluation_round() if self._is_dualpipev else len(micro_batches)
