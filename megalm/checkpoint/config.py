@@ -8,6 +8,7 @@ CHANGEABLE = {
     "train.global_batch_size": "the samples go on with the next one, or start anew if rows are sorted",
     "train.sequence_length": "the samples start anew from the first",
     "train.precision": "weights and moments, which are kept in fp32, stay",
+    "train.fp8": "weights and moments, which are kept in fp32, stay",
     "run.seed": "the samples start anew from the first, in another order",
     "data.sources": "the samples start anew from the first of the new blend",
     "data.shuffle": "the samples start anew from the first",

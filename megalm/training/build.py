@@ -16,6 +16,7 @@ from megalm.data.loader import Loader, held_out_batches, held_out_samples
 from megalm.errors import MegalmError
 from megalm.models import tuning as tunings
 from megalm.models.decoder import LayerSpec, build_model
+from megalm.nn import float8
 from megalm.nn.attention import requirements
 from megalm.nn.block import Block
 from megalm.nn.init import spec_of
@@ -114,10 +115,11 @@ def build_engine(
             layers.tensor_size,
             *([finish] if parallel.zero == 3 else []),
         )
-    if train.compile:
-        for block in module.modules():
-            if isinstance(block, Block):
-                block.compile_training(device)
+    for block in [layer for layer in module.modules() if isinstance(layer, Block)]:
+        if train.fp8:
+            float8.convert(block, device)
+        if train.compile:
+            block.compile_training(device)
     named = list(engine.full_names(module, [spec.name for spec in specs]))
     tunings.freeze(named, tuning)
     decayed = parameter_groups(
@@ -173,6 +175,8 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
     if config.train.compile:
         whereabouts.note("trying torch.compile")
         devices.require_compiler(device)
+    if config.train.fp8:
+        float8.require(device)
     groups.start(device)
     joined = groups.create(planned.layout)
     lock = Lock(Path(config.run.directory))
@@ -358,6 +362,7 @@ def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dic
     )
     optimizer = config.optimizer
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    precision = f"{config.train.precision} and fp8" if config.train.fp8 else config.train.precision
     return {
         "model": f"{config.model.num_parameters():,} parameters, vocabulary {config.model.vocab_size:,}",
         "layout": planned.layout.describe(),
@@ -365,7 +370,7 @@ def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dic
             f"{config.train.global_batch_size} x {config.train.sequence_length} tokens per step, "
             f"{planned.accumulation} micro-batches of {config.train.micro_batch_size} per rank"
         ),
-        "device": f"{where}, {config.train.precision}, ZeRO {config.parallel.zero}",
+        "device": f"{where}, {precision}, ZeRO {config.parallel.zero}",
         "attention": resolve(config.model.attention_backend, needs),
         "norm": f"{config.model.norm}, "
         + ("compiled" if config.train.compile else resolve_norm(config.model.norm_implementation, device.type)),

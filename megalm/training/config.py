@@ -51,6 +51,10 @@ class TrainSection(Config):
     """Let torch.compile fuse what stands around attention's kernel in each block: norms, rotation, activation, sums. It
     needs parallel.tensor 1, parallel.pipeline 1, parallel.zero 0 to 2, fp32 or bf16, rows of one length, no adapters
     and no dropout, and takes about a minute at the first step."""
+    fp8: bool = False
+    """Multiply the matrices of all blocks in float8, by torchao: for models of a billion parameters or more on a GPU of
+    compute capability 8.9 or newer, with train.compile; a CPU emulates it. It needs bf16, parallel.tensor 1,
+    parallel.pipeline 1, parallel.zero 1 or 2 and no adapters. The curve stays near that of bf16."""
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     """What a step with a non-finite loss or gradient norm does. `rollback` reloads the newest checkpoint."""
     on_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
@@ -199,8 +203,12 @@ class RunConfig(Config):
                 f"parallel.zero 0 with train.precision {train.precision} would accumulate gradients in "
                 f"{train.precision}: set parallel.zero to 1, which keeps fp32 ones"
             )
-        if train.compile and (why := self._uncompiled()):
-            raise ValueError(f"train.compile is not proved with {why}: change that, or leave train.compile out")
+        for key, on, reasons in (
+            ("compile", train.compile, self._uncompiled()),
+            ("fp8", train.fp8, self._not_in_float8()),
+        ):
+            if on and (why := [what for what, holds in reasons.items() if holds]):
+                raise ValueError(f"train.{key} is not proved with {why[0]}: change that, or leave train.{key} out")
         check_pass_through(self.deepspeed)
         held_out = [source.path for source in self.data.held_out]
         if twice := sorted({path for path in held_out if held_out.count(path) > 1}):
@@ -231,21 +239,42 @@ class RunConfig(Config):
             raise ValueError("data.tokenizer is empty: name the tokenizer the shards were written with")
         return self
 
-    def _uncompiled(self) -> str:
-        """What keeps train.compile from being used; empty if nothing does."""
-        model, parallel = self.model, self.parallel
-        reasons = {
+    def _plain_only(self) -> dict[str, bool]:
+        """What keeps both train.compile and train.fp8 from being used, and whether it holds."""
+        parallel = self.parallel
+        return {
             f"parallel.tensor {parallel.tensor}": parallel.tensor > 1,
             f"parallel.pipeline {parallel.pipeline}": parallel.pipeline > 1,
             "parallel.zero 3": parallel.zero == 3,
             "parallel.offload_optimizer": parallel.offload_optimizer,
-            "train.precision fp16": self.train.precision == "fp16",
             "train.deterministic": self.train.deterministic,
-            "rows of several lengths (task.arrangement padded or sorted)": self.task is not None and not self.segmented,
             f"tuning.method {self.tuning.method}": self.tuning.adapts,
+        }
+
+    def _uncompiled(self) -> dict[str, bool]:
+        """What keeps train.compile from being used, and whether it holds."""
+        model = self.model
+        return self._plain_only() | {
+            "train.precision fp16": self.train.precision == "fp16",
+            "rows of several lengths (task.arrangement padded or sorted)": self.task is not None and not self.segmented,
             "tuning.head_first_steps": self.tuning.head_first_steps > 0,
             "model.norm_implementation apex": model.norm_implementation == "apex",
             "model.position alibi": model.position == "alibi",
             "dropout": model.hidden_dropout > 0 or model.attention_dropout > 0,
         }
-        return next((what for what, holds in reasons.items() if holds), "")
+
+    def _not_in_float8(self) -> dict[str, bool]:
+        """What keeps train.fp8 from being used, and whether it holds."""
+        model, train = self.model, self.train
+        sizes = {
+            "model.hidden_size": model.hidden_size,
+            "the width of all heads": model.num_attention_heads * model.head_width,
+            "the width of all key heads": model.key_value_heads * model.head_width,
+            "model.intermediate_size": model.feed_forward_width,
+            "train.micro_batch_size x train.sequence_length": train.micro_batch_size * train.sequence_length,
+        }
+        return (
+            self._plain_only()
+            | {f"train.precision {train.precision}": train.precision != "bf16"}
+            | {f"{name} {size} (no multiple of 16)": bool(size % 16) for name, size in sizes.items()}
+        )

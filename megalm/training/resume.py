@@ -37,6 +37,7 @@ _SAME = (
     ("train.global_batch_size", "a step would take other samples"),
     ("train.sequence_length", "the samples would be cut elsewhere"),
     ("train.precision", "the curve would be another"),
+    ("train.fp8", "the curve would be another"),
     ("data.attend_across_documents", "the samples would be masked otherwise"),
     ("task", "the examples would be others"),
     ("deepspeed", "DeepSpeed would do otherwise"),
@@ -49,6 +50,8 @@ _FREE = {
 }
 """Of sections, keys that say how, not what, the model computes and where it once started; as those of the optimizer,
 how fast it learns; and how answers are scored."""
+_ABSENT: dict[str, Any] = {"tuning": {}, "train.fp8": False}
+"""What checkpoints of versions that did not know a key were trained with."""
 _DEFAULTS = {"model": ModelConfig(), "tuning": TuningConfig(), "task": TaskConfig()}
 
 
@@ -90,8 +93,8 @@ def check(manifest: Manifest, plan: Plan, name: str) -> None:
     allowed = plan.config.checkpoint.allow_changes
     for path, why in _SAME:
         then, now = _at(manifest.config, path), _at(ours, path)
-        if path == "tuning" and then is None:
-            then = {}  # of a version without that section; without a task there is none
+        if then is None:
+            then = _ABSENT.get(path)
         if path in _DEFAULTS and then is not None and now is not None:
             then = _DEFAULTS[path].model_dump() | then  # of a version that did not know some keys yet
             kept = [key for key in now if key not in _FREE[path]]
