@@ -77,6 +77,7 @@ def read_config(preset: str, *changes: str, steps: int) -> RunConfig:
         "optimizer.learning_rate": 1e-3 if preset == "tiny" else 3e-4,
         "optimizer.implementation": "torch_fused",  # what DeepSpeed builds first takes a minute of the device
         "schedule.kind": "constant",
+        "train.compile": True,
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in own.items()]
     return load(str(CONFIGS / f"{chosen.model}.yaml"), RunConfig, [*overrides, *changes])

@@ -23,8 +23,8 @@ from megalm.nn.position import alibi_slopes, rotary_frequencies
 from megalm.training.config import RunConfig
 
 DTYPE = torch.bfloat16
-CHUNK = 2 * 2**27
-"""Numbers of fp32 that nn.cross_entropy holds at a time on a GPU: logits, and their softmax."""
+CHUNK = 0
+"""Numbers of fp32 that nn.cross_entropy holds beside the logits: none on a GPU."""
 
 
 @dataclass(frozen=True)

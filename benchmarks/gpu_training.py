@@ -49,6 +49,8 @@ ROOM = 0.92
 """Share of a GPU's memory that a prediction may fill: fragments and libraries take some."""
 SAME = 0.01
 """Largest relative difference of the first losses of two rungs, in bf16."""
+SHOWN = 25
+"""Kernels of a profile that are printed; all are in the results."""
 HEAD = ("model", "rung", "tokens/s", "s/step", "spread", "MFU 6N", "MFU", "of matmul", "peak", "predicted")
 
 
@@ -82,6 +84,7 @@ def parse() -> argparse.Namespace:
     made.add_argument("--quick", action="store_true", help="3 steps that count after 2")
     made.add_argument("--rung", action="append", metavar="TEXT", help="only those whose names hold it; repeatable")
     made.add_argument("--minutes", type=float, default=8.0, help="of all models together (default: %(default)s)")
+    made.add_argument("--profile", action="store_true", help="where the time of one more step goes, by kernel")
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change every run; repeatable")
     made.add_argument("--worker", help=argparse.SUPPRESS)
     made.add_argument("--until", type=float, help=argparse.SUPPRESS)
@@ -102,7 +105,7 @@ def work(arguments: argparse.Namespace) -> int:
     groups.start(device)
     joined = groups.create(Layout())
     available = torch.cuda.get_device_properties(device).total_memory * ROOM if device.type == "cuda" else math.inf
-    steps = arguments.warmup + arguments.steps
+    steps = arguments.warmup + arguments.steps + arguments.profile
     name, changes = fit(arguments.worker, arguments.set, steps, available)
     base = read_config(arguments.worker, *changes, steps=steps)
     rungs = {
@@ -120,7 +123,7 @@ def work(arguments: argparse.Namespace) -> int:
             row = {"settings": [*changes, *more]}
             try:
                 config = read_config(arguments.worker, *changes, *more, steps=steps)
-                row |= try_rung(config, joined, device, arguments.warmup, available)
+                row |= try_rung(config, joined, device, arguments, available)
             except MegalmError as error:  # what the config does not go with
                 row["refused"] = str(error)
         if "losses" in row:
@@ -157,13 +160,13 @@ def fit(preset: str, given: list[str], steps: int, available: float) -> tuple[st
 def ladder(base: RunConfig, device: torch.device) -> dict[str, list[str]]:
     """Rungs by name: what each changes in the base. Each lever of the config at every place but the base's."""
     taken = resolve(base.model.attention_backend, needs(base, device))
-    norm = resolve_norm(base.model.norm_implementation, device.type)
     rows, all_rows = base.train.micro_batch_size, base.train.global_batch_size
     other_rows = [count for count in (rows // 2, rows * 2) if count > 0 and all_rows % count == 0]
     return {
+        "norm apex, not compiled": ["model.norm_implementation=apex", "train.compile=false"],
+        "not compiled": ["train.compile=false"],
+        "fp8": ["train.fp8=true"],
         **{f"attention {name}": [f"model.attention_backend={name}"] for name in BACKENDS if name != taken},
-        **{f"norm {name}": [f"model.norm_implementation={name}"] for name in ("torch", "apex") if name != norm},
-        "compiled": ["train.compile=true"],
         **{f"recompute {what}": [f"parallel.recompute={what}"] for what in ("selective", "full")},
         "optimizer not fused": ["optimizer.implementation=torch"],
         **{f"{count} rows at a time": [f"train.micro_batch_size={count}"] for count in other_rows},
@@ -178,38 +181,50 @@ def needs(config: RunConfig, device: torch.device) -> Any:
                         sequence_length=config.train.sequence_length)  # fmt: skip
 
 
-def try_rung(config: RunConfig, joined: Any, device: torch.device, warmup: int, available: float) -> dict[str, Any]:
+def try_rung(
+    config: RunConfig, joined: Any, device: torch.device, arguments: argparse.Namespace, available: float
+) -> dict[str, Any]:
     """measure(), or the reason why there is nothing to measure, with what was predicted."""
     predicted = predict(config)
     found: dict[str, Any] = {"predicted_memory": asdict(predicted), "predicted_total": predicted.total}
     if predicted.total > available:
         return found | {"refused": f"predicted to need {format_bytes(predicted.total)}, which are not there"}
     try:
-        return found | measure(config, joined, device, warmup, predicted)
+        return found | measure(config, joined, device, arguments, predicted)
     except MegalmError as error:  # a kernel that is not here
         return found | {"refused": str(error)}
     except torch.OutOfMemoryError as error:
         return found | {"refused": f"out of memory, which was not predicted: {str(error).splitlines()[0]}"}
     finally:
+        # torch.compile leaves a function as it is once it met it in too many forms, those of other rungs among them.
+        torch.compiler.reset()
         # The engine is a web of cycles: only now is its memory free for the next rung.
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def measure(config: RunConfig, joined: Any, device: torch.device, warmup: int, predicted: Memory) -> dict[str, Any]:
-    """Train config.train.steps steps, of which those after `warmup` are timed."""
+def measure(
+    config: RunConfig, joined: Any, device: torch.device, arguments: argparse.Namespace, predicted: Memory
+) -> dict[str, Any]:
+    """Train config.train.steps steps, of which those after the warmup are timed, but for the last if it is profiled."""
     attention = resolve(config.model.attention_backend, needs(config, device))
     norm = "compiled" if config.train.compile else resolve_norm(config.model.norm_implementation, device.type)
     laps, losses = Laps(device), []
     on_gpu = device.type == "cuda"
+    warmup, timed = arguments.warmup, arguments.warmup + arguments.steps
+    profiler = torch.profiler.profile()
 
     def after_step(loss: float) -> None:
         losses.append(loss)
         if len(losses) == warmup and on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        if len(losses) >= warmup:
+        if warmup <= len(losses) <= timed:
             laps.mark()
+        if len(losses) == timed and arguments.profile:
+            profiler.start()
+        if len(losses) > timed:
+            profiler.stop()
 
     train(config, joined, device, after_step=after_step, draw=False)
     seconds = laps.seconds()
@@ -236,7 +251,26 @@ def measure(config: RunConfig, joined: Any, device: torch.device, warmup: int, p
         "peak_reserved": torch.cuda.max_memory_reserved(device) if on_gpu else None,
         "peak_to_predicted": allocated / predicted.total if allocated else None,
         "losses": losses,
+        **({"profile": by_kernel(profiler)} if arguments.profile else {}),
     }
+
+
+def by_kernel(profiler: torch.profiler.profile) -> dict[str, Any]:
+    """Seconds of the device in each kernel, the most first; `span`: from the first's start to the last's end, and
+    `busy`: of it, with one or more at work. Nothing of a CPU, which has no kernels."""
+    seconds: dict[str, list[float]] = {}
+    times = []
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation():
+            seconds.setdefault(event.name(), []).append(event.duration_ns() / 1e9)
+            times.append((event.start_ns() / 1e9, event.start_ns() / 1e9 + event.duration_ns() / 1e9))
+    busy, until = 0.0, -math.inf
+    for start, end in sorted(times):
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    kernels = {name: {"seconds": sum(each), "calls": len(each)} for name, each in seconds.items()}
+    ordered = dict(sorted(kernels.items(), key=lambda item: -item[1]["seconds"]))
+    return {"span": until - min(times)[0] if times else 0.0, "busy": busy, "kernels": ordered}
 
 
 def fault(losses: list[float], reference: float | None) -> str:
@@ -263,6 +297,10 @@ def show(name: str, rung: str, row: dict[str, Any]) -> None:
         words += [format_bytes(size) if size else "-" for size in (row["peak_memory"], row["predicted_total"])]
     line = "".join(f"{word:>{width(column)}}" for column, word in enumerate(words))
     print(line if reason is None else f"{line}   {reason}", flush=True)
+    if profile := row.get("profile"):
+        print(f"    of {profile['span']:.3f} s the device was busy for {profile['busy']:.3f} s:")
+        for kernel, spent in list(profile["kernels"].items())[:SHOWN]:
+            print(f"    {spent['seconds']:>9.4f} s {spent['calls']:>6} x {kernel[:110]}", flush=True)
 
 
 if __name__ == "__main__":
