@@ -10,12 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 from megalm.nn.adapter import adapter_of
 from megalm.nn.cache import KeyValueCache
-from megalm.nn.config import BlockConfig
+from megalm.nn.config import BlockConfig, RopeScaling
 from megalm.nn.dropout import AttentionDropout, Dropout
-from megalm.nn.kernels import LONG, Mask, MaskKind, Requirements, attention, resolve
+from megalm.nn.kernels import BACKENDS, LONG, Mask, MaskKind, Requirements, attention, resolve
 from megalm.nn.layers import Layers
 from megalm.nn.norm import RMSNorm
-from megalm.nn.position import alibi_slopes, rotary_angles, rotary_frequencies, rotate
+from megalm.nn.position import alibi_slopes, rotary_angles, rotary_tables, rotate
 
 
 class Attention(nn.Module):
@@ -66,8 +66,10 @@ class Attention(nn.Module):
         self.query_norm = head_norm() if config.qk_norm else None
         self.key_norm = head_norm() if config.qk_norm else None
         self.dropout = Dropout(config.attention_dropout, seed, f"{site}.weights")
-        self.frequencies: Tensor | None = None
+        self.tables: tuple[Tensor, Tensor] | None = None
         """Rotary ones, in a compiled block."""
+        self.compiled_backend: str | None = None
+        """The kernel that torch.compile takes into what it compiles."""
         self.cache: KeyValueCache | None = None
         """Set for the length of a forward pass that goes on where earlier ones ended (eval.inference)."""
 
@@ -135,9 +137,7 @@ class Attention(nn.Module):
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Mask) -> Tensor:
         """Values mixed by attention, with the shape of q."""
         if self.position == "rotary":
-            angles = rotary_angles(
-                positions, self.config.rotary_width, self.config.rope_theta, self.config.rope_scaling, self.frequencies
-            )
+            angles = self._angles(positions)
             q, k = rotate(q, *angles), rotate(k, *angles)
         if self.cache is not None:
             assert self.kind == "causal" and not self.segmented, "a cached row is one segment, read from its start"
@@ -147,15 +147,29 @@ class Attention(nn.Module):
                 mask = replace(mask, query_positions=positions)
         return self._attend(q, k, v, mask)
 
-    def prepare_to_compile(self, device: torch.device) -> None:
-        """Have ready what torch.compile cannot look up, and keep the kernel apart from it."""
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin: two [batch, seq, 1, rotary width / 2]."""
+        if self.tables is not None and torch.compiler.is_compiling():
+            cos, sin = self.tables
+            return cos[positions][:, :, None], sin[positions][:, :, None]
+        return rotary_angles(positions, *self._rotary())
+
+    def _rotary(self) -> tuple[int, float, RopeScaling | None]:
+        return self.config.rotary_width, self.config.rope_theta, self.config.rope_scaling
+
+    def prepare_to_compile(self, device: torch.device, backend: str) -> None:
+        """Have ready what torch.compile cannot look up, and keep a kernel that it does not know apart from it."""
         if self.position == "rotary":
-            self.frequencies = rotary_frequencies(
-                self.config.rotary_width, self.config.rope_theta, self.config.rope_scaling, device
-            )
-        self._attend = torch.compiler.disable(self._attend)  # type: ignore[method-assign]
+            # Each kernel would find sines anew for every head, which takes it longer than to read its numbers.
+            self.tables = rotary_tables(self.config.max_position_embeddings, *self._rotary(), device)
+        if BACKENDS[backend].traceable:
+            self.compiled_backend = backend
+        else:
+            self._attend = torch.compiler.disable(self._attend)  # type: ignore[method-assign]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        if self.compiled_backend is not None and torch.compiler.is_compiling():
+            return attention(q, k, v, mask, self.compiled_backend)
         needs = Requirements(
             device=q.device.type,
             dtype=q.dtype,

@@ -75,11 +75,13 @@ class Block(nn.Module):
         self.feed_forward_dropout = drop("feed_forward")
         self._compiled: Callable[..., Tensor] | None = None
 
-    def compile_training(self, device: torch.device) -> None:
+    def compile_training(self, device: torch.device, backend: str) -> None:
         """Let torch.compile fuse what stands around the attention kernel, in training; what evaluates or generates
-        stays as it is, and so do the kernels. Blocks that are alike share what is compiled, at the first step."""
+        stays as it is, and so do the kernels. Blocks that are alike share what is compiled, at the first step.
+
+        backend: of attention, as kernels.resolve() named it."""
         assert self.cross_attention is None, "no decoder has one"
-        self.attention.prepare_to_compile(device)
+        self.attention.prepare_to_compile(device, backend)
         self._compiled = torch.compile(self._hidden, dynamic=False)
 
     def forward(self, stream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -6,7 +6,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from megalm.config import Config
 
-AttentionBackend = Literal["auto", "plain", "blocks", "sdpa", "sdpa_flash", "sdpa_cudnn", "flash2", "flash3", "flash4"]
+AttentionBackend = Literal[
+    "auto", "plain", "blocks", "sdpa", "sdpa_varlen", "sdpa_flash", "sdpa_cudnn", "flash2", "flash3", "flash4"
+]
 
 HeadKind = Literal["language_model", "sequence_classification", "token_classification", "question_answering"]
 

@@ -5,24 +5,26 @@ kv_heads and query head h uses key head h // (heads / kv_heads).
 """
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.weak import WeakIdKeyDictionary
 
 from megalm.errors import MegalmError
 from megalm.nn.dropout import AttentionDropout
 
 MaskKind = Literal["causal", "full", "prefix"]
 LONG = 1024
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Backend:
     install: str = ""
     """How to get the module."""
     devices: tuple[str, ...] = ("cuda",)
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    dtypes: tuple[torch.dtype, ...] = _HALF
     kinds: tuple[str, ...] = ("causal", "full")
     segments: bool = False
     window: bool = False
@@ -128,6 +130,8 @@ class Backend:
     unequal_lengths: bool = False
     cached: bool = False
     long: bool = True
+    traceable: bool = False
+    """torch.compile knows it, so that it can be part of what is compiled."""
 
     def refusal(self, needs: Requirements) -> str | None:
         """Why it cannot serve, or None."""
@@ -220,13 +224,11 @@ def _call_sdpa(
     if not q.is_cuda:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
         return _heads_first(mixed)
+    if grouped and (bias is not None or q.dtype not in _HALF):
+        # then neither flash attention nor cuDNN serves, and of the others the fast one knows no grouped heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
     with sdpa_kernel(kernels):
-        if grouped:
-            asked = SDPAParams(q, k, v, bias, 0.0, causal, True)
-            if not (can_use_flash_attention(asked) or can_use_cudnn_attention(asked)):
-                # of the others, the memory-efficient kernel knows no grouped heads
-                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-                grouped = False
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
     return _heads_first(mixed)
 
@@ -319,15 +321,42 @@ def _pinned(kernel: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, Mask], Tens
     return run
 
 
+_bounds = WeakIdKeyDictionary()
+"""segment_bounds() of tensors that are still there: all blocks ask for those of the same one."""
+
+
 def segment_bounds(segments: Tensor) -> Tensor:
     """Where segments start in the flattened batch, and its end: [batch, seq] -> [segments + 1], int32.
 
-    On a GPU this waits for the device, because the number of segments is data.
+    On a GPU this waits for the device, because the number of segments is data; once for all blocks.
     """
+    if segments not in _bounds:
+        _bounds[segments] = _find_bounds(segments)
+    return _bounds[segments]
+
+
+def _find_bounds(segments: Tensor) -> Tensor:
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     begins = starts.flatten().nonzero().flatten()
     return F.pad(begins, (0, 1), value=segments.numel()).to(torch.int32)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """torch's own flash attention of variable length; without segments, each row is one."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    batch, seq, heads, _ = q.shape
+    if mask.query_segments is None:
+        bounds = torch.arange(0, batch * seq + 1, seq, dtype=torch.int32, device=q.device)
+    else:
+        bounds = segment_bounds(mask.query_segments)
+    reach = -1 if mask.window is None else mask.window - 1
+    options: dict[str, Any] = {"window_size": (reach, 0 if mask.kind == "causal" else reach)}
+    if heads != k.shape[2] and "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 is not asked
+        options["enable_gqa"] = True
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return _first(varlen_attn(q, k, v, bounds, bounds, seq, seq, **options)).unflatten(0, (batch, seq))
 
 
 def _flash(module: str, unlimited: int | None) -> Callable[[Tensor, Tensor, Tensor, Mask], Tensor]:
@@ -387,7 +416,7 @@ BACKENDS = {
             window=True,
         ),
         Backend("blocks", _blocks, devices=("cpu",), dtypes=(torch.bfloat16,), segments=True, window=True, long=False),
-        Backend("sdpa_cudnn", _pinned(SDPBackend.CUDNN_ATTENTION)),
+        Backend("sdpa_cudnn", _pinned(SDPBackend.CUDNN_ATTENTION), traceable=True),
         Backend(
             "flash2",
             _flash("flash_attn", -1),
@@ -397,7 +426,15 @@ BACKENDS = {
             window=True,
             alibi=True,
         ),
-        Backend("sdpa_flash", _pinned(SDPBackend.FLASH_ATTENTION)),
+        Backend("sdpa_flash", _pinned(SDPBackend.FLASH_ATTENTION), traceable=True),
+        Backend(
+            "sdpa_varlen",
+            _varlen,
+            module="torch.nn.attention.varlen",
+            install="take torch 2.11 or newer",
+            segments=True,
+            window=True,
+        ),
         Backend(
             "sdpa",
             _sdpa,
@@ -409,6 +446,7 @@ BACKENDS = {
             alibi=True,
             unequal_lengths=True,
             cached=True,
+            traceable=True,
         ),
         Backend(
             "plain",

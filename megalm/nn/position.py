@@ -52,16 +52,19 @@ def rotary_attention_factor(scaling: RopeScaling | None) -> float:
     return 0.1 * math.log(scaling.factor) + 1.0
 
 
-def rotary_angles(
-    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None, frequencies: Tensor | None = None
+@cache
+@torch.inference_mode(False)
+def rotary_tables(
+    length: int, head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle: positions [batch, seq] -> two [batch, seq, 1, head_dim / 2], fp32.
+    """rotary_angles() of the first `length` positions: two [length, head_dim / 2]."""
+    cos, sin = rotary_angles(torch.arange(length, device=device)[None], head_dim, theta, scaling)
+    return cos[0, :, 0], sin[0, :, 0]
 
-    frequencies: rotary_frequencies(), where they are at hand.
-    """
-    if frequencies is None:
-        frequencies = rotary_frequencies(head_dim, theta, scaling, positions.device)
-    angles = positions[:, :, None, None].float() * frequencies
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
+    """cos and sin of every angle: positions [batch, seq] -> two [batch, seq, 1, head_dim / 2], fp32."""
+    angles = positions[:, :, None, None].float() * rotary_frequencies(head_dim, theta, scaling, positions.device)
     cos, sin = angles.cos(), angles.sin()
     factor = rotary_attention_factor(scaling)
     return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)

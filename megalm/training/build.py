@@ -115,11 +115,12 @@ def build_engine(
             layers.tensor_size,
             *([finish] if parallel.zero == 3 else []),
         )
+    attention = resolve_attention(config, device) if train.compile else ""
     for block in [layer for layer in module.modules() if isinstance(layer, Block)]:
         if train.fp8:
             float8.convert(block, device)
         if train.compile:
-            block.compile_training(device)
+            block.compile_training(device, attention)
     named = list(engine.full_names(module, [spec.name for spec in specs]))
     tunings.freeze(named, tuning)
     decayed = parameter_groups(
@@ -350,9 +351,8 @@ def _require_same_kernels(joined: Groups, facts: dict[str, str]) -> None:
             )
 
 
-def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dict[str, str]:
-    """What was chosen for this run, for its log. sizes: of every parameter, by full name."""
-    config = planned.config
+def resolve_attention(config: RunConfig, device: torch.device) -> str:
+    """The attention kernel of a run's training."""
     needs = requirements(
         config.model,
         device=device.type,
@@ -360,6 +360,12 @@ def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dic
         segmented=config.segmented,
         sequence_length=config.train.sequence_length,
     )
+    return resolve(config.model.attention_backend, needs)
+
+
+def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dict[str, str]:
+    """What was chosen for this run, for its log. sizes: of every parameter, by full name."""
+    config = planned.config
     optimizer = config.optimizer
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     precision = f"{config.train.precision} and fp8" if config.train.fp8 else config.train.precision
@@ -371,7 +377,7 @@ def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dic
             f"{planned.accumulation} micro-batches of {config.train.micro_batch_size} per rank"
         ),
         "device": f"{where}, {precision}, ZeRO {config.parallel.zero}",
-        "attention": resolve(config.model.attention_backend, needs),
+        "attention": resolve_attention(config, device),
         "norm": f"{config.model.norm}, "
         + ("compiled" if config.train.compile else resolve_norm(config.model.norm_implementation, device.type)),
         "optimizer": "AdamW, "

@@ -207,8 +207,9 @@ class RunConfig(Config):
             ("compile", train.compile, self._uncompiled()),
             ("fp8", train.fp8, self._not_in_float8()),
         ):
-            if on and (why := [what for what, holds in reasons.items() if holds]):
-                raise ValueError(f"train.{key} is not proved with {why[0]}: change that, or leave train.{key} out")
+            if on and any(reasons.values()):
+                what = next(what for what, holds in reasons.items() if holds)
+                raise ValueError(f"train.{key} is not proved with {what}: change that, or leave train.{key} out")
         check_pass_through(self.deepspeed)
         held_out = [source.path for source in self.data.held_out]
         if twice := sorted({path for path in held_out if held_out.count(path) > 1}):

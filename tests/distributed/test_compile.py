@@ -139,7 +139,7 @@ def test_blocks_that_evaluate_are_not_compiled():
     model = build_model(decoder(run().model, Layers(), seed=0), 0)
     called = []
     for block in (layer for layer in model.modules() if isinstance(layer, Block)):
-        block.compile_training(torch.device("cpu"))
+        block.compile_training(torch.device("cpu"), "sdpa")
         block._compiled = lambda *stream: called.append(1) or stream[0]
     rows = torch.zeros(2, 16, dtype=torch.long)
     stream = (rows, rows, torch.arange(16).repeat(2, 1), torch.arange(2))

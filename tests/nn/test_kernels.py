@@ -1,6 +1,7 @@
 """Attention backends against a loop over queries in fp64, and the choice between them."""
 
 import dataclasses
+import inspect
 import math
 import sys
 import types
@@ -236,6 +237,33 @@ def test_flash_packages_are_called_for_what_is_meant(
     assert fake.calls == ["dense" if meant.query_segments is None else "varlen"]
 
 
+@pytest.mark.parametrize("kv_heads", [2, HEADS])
+@pytest.mark.parametrize(
+    "mask", [name for name, mask in MASKS.items() if mask.kind != "prefix" and mask.slopes is None]
+)
+def test_torchs_kernel_of_variable_length_is_called_for_what_is_meant(
+    mask: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    right = inspect.signature(varlen.varlen_attn).parameters
+
+    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa=False):
+        assert enable_gqa == (kv_heads < HEADS and "enable_gqa" in right) and "window_size" in right
+        fake = fake_flash("fake", -1, returns_pair=False)
+        causal = window_size[1] == 0
+        return fake.flash_attn_varlen_func(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, causal, window_size)
+
+    varlen_attn.__signature__ = inspect.signature(varlen.varlen_attn)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    assert difference("sdpa_varlen", MASKS[mask], kv_heads=kv_heads) < 1e-5
+
+
+def test_bounds_of_segments_are_found_once() -> None:
+    segments = torch.tensor([[0, 0, 1, 1]])
+    assert segment_bounds(segments) is segment_bounds(segments)
+    assert segment_bounds(torch.tensor([[0, 1, 1, 1]])).tolist() == [0, 1, 4]
+
+
 @pytest.mark.parametrize("backend", ["sdpa_flash", "sdpa_cudnn"])
 def test_pinned_kernels_refuse_masks_of_tensors(backend: str) -> None:
     for feature in ("segments", "window", "alibi", "dropout", "unequal_lengths"):
@@ -337,6 +365,7 @@ def test_auto_passes_over_what_cannot_be_reproducible(
     "changes, chosen",
     [
         ({"segments": True}, "flash3"),
+        ({"window": True}, "flash3"),
         ({"alibi": True}, "flash2"),
         ({"dropout": True}, "plain"),
         ({"dtype": torch.float32}, "sdpa"),
