@@ -56,7 +56,7 @@ def _llama(hidden_size: int, num_layers: int, vocab_size: int = 50304) -> dict[s
 
 PRESETS = {
     "tiny": Preset("1m", {"vocab_size": 512, "num_layers": 2}, sequence_length=64, rows=4, accumulation=2),
-    "124M": Preset("gpt2-124m", {}, sequence_length=1024, rows=32),
+    "124M": Preset("gpt2-124m", {}, sequence_length=1024, rows=64),
     "1.3B": Preset("1m", _llama(2048, 24), sequence_length=2048, rows=8),
     "2.65B": Preset("1m", _llama(2560, 32), sequence_length=2048, rows=8),
     "8B": Preset("llama-8b", {}, sequence_length=8192, rows=1),
