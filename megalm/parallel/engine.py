@@ -506,14 +506,14 @@ def _sum_without_copies(optimizer: BF16_Optimizer) -> None:
     """Add each bf16 gradient to its fp32 sum as it is: DeepSpeed widens a copy first, for nearly twice the traffic of a
     GPU's memory."""
 
-    def update(weight: Any, group: int, number: int, clear: bool) -> None:
+    def update(weight: Any, group: int, number: int, clear_lp_grads: bool) -> None:
         if weight.grad is None:
             return
         total = optimizer.fp32_groups_gradients[group][number]
         total.add_(weight.grad.view(total.shape))
         weight._hp_grad = total
         optimizer.fp32_groups_has_gradients[group][number] = True
-        if clear:
+        if clear_lp_grads:
             weight.grad.zero_()
 
     optimizer._update_hp_grad = torch.no_grad()(update)
