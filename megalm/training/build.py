@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from megalm.config import dump
 from megalm.data.examples import Rows
 from megalm.data.loader import Loader, held_out_batches, held_out_samples
 from megalm.errors import MegalmError
+from megalm.metrics.meters import format_bytes
 from megalm.models import tuning as tunings
 from megalm.models.decoder import LayerSpec, build_model
 from megalm.nn.attention import requirements
 from megalm.nn.block import Block
+from megalm.nn.config import Recompute
 from megalm.nn.init import spec_of
-from megalm.nn.kernels import resolve
+from megalm.nn.kernels import Requirements, resolve
 from megalm.nn.layers import Layers
 from megalm.nn.loss import head_loss
 from megalm.nn.norm import resolve_norm
@@ -47,6 +50,7 @@ from megalm.training.callbacks.stragglers import Stragglers
 from megalm.training.config import RunConfig
 from megalm.training.lock import Lock
 from megalm.training.loop import tensors
+from megalm.training.memory import choose_recompute
 from megalm.training.plan import Plan
 from megalm.training.run import Run
 from megalm.training.samples import open_samples
@@ -68,6 +72,7 @@ def build_engine(
     draw: False leaves weights that are not numbers for a checkpoint to fill; to draw those of a large model takes long.
     """
     model, tuning, parallel, train = config.model, config.tuning, config.parallel, config.train
+    assert parallel.recompute != "auto", "it is chosen before anything is built"
     joined.decide(lambda: tunings.check(tunings.shapes(model, tuning), tuning, tied=model.is_tied))
     layers = (
         TensorParallelLayers(joined.tensor_group, sequence_parallel=parallel.sequence_parallel)
@@ -188,6 +193,9 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
 
     found, state = joined.decide(begin)
     fitness = preflight.examine(planned, joined, device, whereabouts) if config.run.preflight else None
+    whereabouts.note("predicting the memory of a step")
+    planned, recompute, predicted = _with_recompute(planned, joined, device, devices.memory(device))
+    config = planned.config
     whereabouts.note("building the model and opening the data")
     samples = open_samples(config, planned.tokenizer, planned.task, decide=joined.decide)
     loader = Loader(
@@ -215,6 +223,7 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
     names = [spec.name for spec in specs]
     held_out, scorers = _held_out(planned, joined)
     facts = _facts(planned, device, sizes)
+    facts["recompute"] = recompute
     if fitness:
         facts["preflight"] = fitness.summary
     _require_same_kernels(joined, facts)
@@ -246,7 +255,7 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
                 config.evaluate.epochs * loader.epoch,
             ),
             *([Selection(config.evaluate)] if config.evaluate.selects else []),
-            Metrics(logging, device),
+            Metrics(logging, device, predicted),
             Checkpoints(config.checkpoint.every),
             GarbageCollection(logging.garbage_collection_every),
         ],
@@ -273,6 +282,28 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
         run.directory.mkdir(parents=True, exist_ok=True)
         (run.directory / "config.yaml").write_text(dump(config))
     return run
+
+
+def _with_recompute(
+    planned: Plan, joined: Groups, device: torch.device, memory: int | None
+) -> tuple[Plan, str, int | None]:
+    """The plan with what parallel.recompute `auto` takes, the same on all ranks; what to say of it; and the predicted
+    peak of a step in bytes, if it is known. memory: bytes of this rank's GPU, None for a CPU. All ranks call it.
+
+    Raises MegalmError on all ranks if `auto` finds nothing that fits into the smallest GPU.
+    """
+    least = min((size for size in joined.gather(memory) if size is not None), default=None)
+
+    def choose() -> tuple[Recompute, int | None]:
+        attention = resolve(planned.config.model.attention_backend, _needs(planned.config, device))
+        model = planned.config.model.model_copy(update={"attention_backend": attention})
+        return choose_recompute(planned.config.model_copy(update={"model": model}), planned.layout.data, least)
+
+    recompute, predicted = joined.decide(choose)
+    said: str = recompute
+    if predicted and least:
+        said += f", {format_bytes(predicted)} predicted at the peak of a step, of {format_bytes(least)}"
+    return replace(planned, config=planned.config.with_recompute(recompute)), said, predicted
 
 
 def _held_out(planned: Plan, joined: Groups) -> tuple[dict[str, list[engine.MicroBatch]], dict[str, Scorer | Answers]]:
@@ -346,16 +377,20 @@ def _require_same_kernels(joined: Groups, facts: dict[str, str]) -> None:
             )
 
 
-def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dict[str, str]:
-    """What was chosen for this run, for its log. sizes: of every parameter, by full name."""
-    config = planned.config
-    needs = requirements(
+def _needs(config: RunConfig, device: torch.device) -> Requirements:
+    """What the run asks of its attention backend."""
+    return requirements(
         config.model,
         device=device.type,
         dtype=DTYPES[config.train.precision],
         segmented=config.segmented,
         sequence_length=config.train.sequence_length,
     )
+
+
+def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dict[str, str]:
+    """What was chosen for this run, for its log. sizes: of every parameter, by full name."""
+    config = planned.config
     optimizer = config.optimizer
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
@@ -366,7 +401,7 @@ def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dic
             f"{planned.accumulation} micro-batches of {config.train.micro_batch_size} per rank"
         ),
         "device": f"{where}, {config.train.precision}, ZeRO {config.parallel.zero}",
-        "attention": resolve(config.model.attention_backend, needs),
+        "attention": resolve(config.model.attention_backend, _needs(config, device)),
         "norm": f"{config.model.norm}, "
         + ("compiled" if config.train.compile else resolve_norm(config.model.norm_implementation, device.type)),
         "optimizer": "AdamW, "
