@@ -35,7 +35,6 @@ from gpu_measure import (
     timing,
     train,
 )
-from gpu_memory import Memory, predict
 
 from megalm.errors import MegalmError, main_guard
 from megalm.metrics import flops
@@ -43,10 +42,10 @@ from megalm.metrics.meters import format_bytes
 from megalm.nn.attention import requirements
 from megalm.nn.kernels import BACKENDS, resolve
 from megalm.nn.norm import resolve_norm
+from megalm.parallel import device as devices
 from megalm.training.config import RunConfig
+from megalm.training.memory import ROOM, Memory, predict
 
-ROOM = 0.92
-"""Share of a GPU's memory that a prediction may fill: fragments and libraries take some."""
 SAME = 0.01
 """Largest relative difference of the first losses of two rungs, in bf16."""
 SHOWN = 25
@@ -104,7 +103,7 @@ def work(arguments: argparse.Namespace) -> int:
     introduce(device, results, "training")
     groups.start(device)
     joined = groups.create(Layout())
-    available = torch.cuda.get_device_properties(device).total_memory * ROOM if device.type == "cuda" else math.inf
+    available = ROOM * (devices.memory(device) or math.inf)
     steps = arguments.warmup + arguments.steps + arguments.profile
     name, changes = fit(arguments.worker, arguments.set, steps, available)
     base = read_config(arguments.worker, *changes, steps=steps)

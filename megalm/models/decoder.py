@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalm.models.config import ModelConfig
-from megalm.nn.block import Block, Recompute
+from megalm.nn.block import Block
+from megalm.nn.config import Recompute
 from megalm.nn.dropout import EmbeddingNoise, token_rows
 from megalm.nn.init import initialize
 from megalm.nn.layers import Layers

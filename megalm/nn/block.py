@@ -8,13 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalm.nn.attention import Attention
-from megalm.nn.config import BlockConfig
+from megalm.nn.config import BlockConfig, Recompute
 from megalm.nn.dropout import Dropout, token_rows
 from megalm.nn.feedforward import FeedForward
 from megalm.nn.layers import Layers
 from megalm.nn.norm import hidden_norm
-
-Recompute = Literal["none", "selective", "full"]
 
 
 class Block(nn.Module):

@@ -10,6 +10,9 @@ AttentionBackend = Literal[
     "auto", "plain", "blocks", "sdpa", "sdpa_varlen", "sdpa_flash", "sdpa_cudnn", "flash2", "flash3", "flash4"
 ]
 
+Recompute = Literal["none", "selective", "full"]
+"""Activations computed again in the backward pass: none, attention's inside, or the whole block's."""
+
 HeadKind = Literal["language_model", "sequence_classification", "token_classification", "question_answering"]
 
 

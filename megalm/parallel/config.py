@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import PositiveInt, model_validator
 
 from megalm.config import Config
+from megalm.nn.config import Recompute
 
 
 class ParallelConfig(Config):
@@ -24,8 +25,10 @@ class ParallelConfig(Config):
     """ZeRO stage: what is sharded over data-parallel ranks (1 optimizer, 2 and gradients, 3 and weights)."""
     offload_optimizer: bool = False
     """Keep optimizer states and the update on the host (ZeRO 1 to 3)."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward pass: none, attention's inside, or whole blocks."""
+    recompute: Literal[Recompute, "auto"] = "none"
+    """Activations recomputed in the backward pass: none, attention's inside, or whole blocks. `auto` takes the least of
+    these with which a step is predicted to fit into the GPUs' memory, for which it needs bf16, zero 1, tensor 1 and
+    pipeline 1; on a CPU, none."""
     allow_unproved: bool = False
     """Run what no test has proved equal to one process (docs/support.md), and say so in the log."""
 

@@ -131,6 +131,11 @@ def require_compiler(device: torch.device) -> None:
         ) from None
 
 
+def memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def local(device: Kind) -> torch.device:
     """This rank's device, made current."""
     if device == "cpu":

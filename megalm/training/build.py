@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from megalm.config import dump
 from megalm.data.examples import Rows
 from megalm.data.loader import Loader, held_out_batches, held_out_samples
 from megalm.errors import MegalmError
+from megalm.metrics.meters import format_bytes
 from megalm.models import tuning as tunings
 from megalm.models.decoder import LayerSpec, build_model
 from megalm.nn import float8
 from megalm.nn.attention import requirements
 from megalm.nn.block import Block
+from megalm.nn.config import Recompute
 from megalm.nn.init import spec_of
 from megalm.nn.kernels import resolve
 from megalm.nn.layers import Layers
@@ -48,6 +51,7 @@ from megalm.training.callbacks.stragglers import Stragglers
 from megalm.training.config import RunConfig
 from megalm.training.lock import Lock
 from megalm.training.loop import tensors
+from megalm.training.memory import choose_recompute
 from megalm.training.plan import Plan
 from megalm.training.run import Run
 from megalm.training.samples import open_samples
@@ -69,6 +73,7 @@ def build_engine(
     draw: False leaves weights that are not numbers for a checkpoint to fill; to draw those of a large model takes long.
     """
     model, tuning, parallel, train = config.model, config.tuning, config.parallel, config.train
+    assert parallel.recompute != "auto", "it is chosen before anything is built"
     joined.decide(lambda: tunings.check(tunings.shapes(model, tuning), tuning, tied=model.is_tied))
     layers = (
         TensorParallelLayers(joined.tensor_group, sequence_parallel=parallel.sequence_parallel)
@@ -193,6 +198,9 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
 
     found, state = joined.decide(begin)
     fitness = preflight.examine(planned, joined, device, whereabouts) if config.run.preflight else None
+    whereabouts.note("predicting the memory of a step")
+    planned, recompute, predicted = _with_recompute(planned, joined, device, devices.memory(device))
+    config = planned.config
     whereabouts.note("building the model and opening the data")
     samples = open_samples(config, planned.tokenizer, planned.task, decide=joined.decide)
     loader = Loader(
@@ -220,6 +228,7 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
     names = [spec.name for spec in specs]
     held_out, scorers = _held_out(planned, joined)
     facts = _facts(planned, device, sizes)
+    facts["recompute"] = recompute
     if fitness:
         facts["preflight"] = fitness.summary
     _require_same_kernels(joined, facts)
@@ -251,7 +260,7 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
                 config.evaluate.epochs * loader.epoch,
             ),
             *([Selection(config.evaluate)] if config.evaluate.selects else []),
-            Metrics(logging, device),
+            Metrics(logging, device, predicted),
             Checkpoints(config.checkpoint.every),
             GarbageCollection(logging.garbage_collection_every),
         ],
@@ -278,6 +287,28 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
         run.directory.mkdir(parents=True, exist_ok=True)
         (run.directory / "config.yaml").write_text(dump(config))
     return run
+
+
+def _with_recompute(
+    planned: Plan, joined: Groups, device: torch.device, memory: int | None
+) -> tuple[Plan, str, int | None]:
+    """The plan with what parallel.recompute `auto` takes, the same on all ranks; what to say of it; and the predicted
+    peak of a step in bytes, if it is known. memory: bytes of this rank's GPU, None for a CPU. All ranks call it.
+
+    Raises MegalmError on all ranks if `auto` finds nothing that fits into the smallest GPU.
+    """
+    least = min((size for size in joined.gather(memory) if size is not None), default=None)
+
+    def choose() -> tuple[Recompute, int | None]:
+        attention = resolve_attention(planned.config, device)
+        model = planned.config.model.model_copy(update={"attention_backend": attention})
+        return choose_recompute(planned.config.model_copy(update={"model": model}), planned.layout.data, least)
+
+    recompute, predicted = joined.decide(choose)
+    said: str = recompute
+    if predicted and least:
+        said += f", {format_bytes(predicted)} predicted at the peak of a step, of {format_bytes(least)}"
+    return replace(planned, config=planned.config.with_recompute(recompute)), said, predicted
 
 
 def _held_out(planned: Plan, joined: Groups) -> tuple[dict[str, list[engine.MicroBatch]], dict[str, Scorer | Answers]]:

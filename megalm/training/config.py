@@ -10,6 +10,7 @@ from megalm.data.config import DataConfig
 from megalm.metrics import flops
 from megalm.metrics.config import LoggingConfig
 from megalm.models.config import ModelConfig, TuningConfig
+from megalm.nn.config import Recompute
 from megalm.optim.config import OptimizerConfig, ScheduleConfig
 from megalm.parallel.config import ParallelConfig
 from megalm.parallel.deepspeed_config import check_pass_through
@@ -210,6 +211,11 @@ class RunConfig(Config):
             if on and any(reasons.values()):
                 what = next(what for what, holds in reasons.items() if holds)
                 raise ValueError(f"train.{key} is not proved with {what}: change that, or leave train.{key} out")
+        if parallel.recompute == "auto" and (why := self.unpredicted()):
+            raise ValueError(
+                f"parallel.recompute auto goes by a step's predicted memory, and none is predicted with {why}: set "
+                "parallel.recompute to none, selective or full"
+            )
         check_pass_through(self.deepspeed)
         held_out = [source.path for source in self.data.held_out]
         if twice := sorted({path for path in held_out if held_out.count(path) > 1}):
@@ -239,6 +245,24 @@ class RunConfig(Config):
         if not self.data.tokenizer:
             raise ValueError("data.tokenizer is empty: name the tokenizer the shards were written with")
         return self
+
+    def with_recompute(self, recompute: Recompute) -> "RunConfig":
+        """The same run with another parallel.recompute."""
+        return self.model_copy(update={"parallel": self.parallel.model_copy(update={"recompute": recompute})})
+
+    def unpredicted(self) -> str:
+        """What keeps the memory of a step from being predicted (training/memory.py); empty if nothing does."""
+        parallel, tuning = self.parallel, self.tuning
+        reasons = {
+            f"parallel.tensor {parallel.tensor}": parallel.tensor > 1,
+            f"parallel.pipeline {parallel.pipeline}": parallel.pipeline > 1,
+            f"parallel.zero {parallel.zero}": parallel.zero != 1,
+            "parallel.offload_optimizer": parallel.offload_optimizer,
+            f"train.precision {self.train.precision}": self.train.precision != "bf16",
+            f"tuning.method {tuning.method}": tuning.adapts,
+            "tuning.freeze": bool(tuning.freeze),
+        }
+        return next((what for what, holds in reasons.items() if holds), "")
 
     def _plain_only(self) -> dict[str, bool]:
         """What keeps both train.compile and train.fp8 from being used, and whether it holds."""

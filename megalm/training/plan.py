@@ -3,12 +3,13 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megalm.data.index import ShardReader
 from megalm.errors import MegalmError
 from megalm.layout import Layout, check_model
 from megalm.models.config import ModelConfig
+from megalm.nn.config import Recompute
 from megalm.parallel.config import ParallelConfig
 from megalm.parallel.proved import proved
 from megalm.sft.augment import open_augment
@@ -81,7 +82,9 @@ def plan(config: RunConfig, world_size: int) -> Plan:
         stages=pieces,
     )
     planned = config.model_copy(update={"model": model})
-    unproved = proved().problem(planned, layout, accumulation)
+    choices = get_args(Recompute) if parallel.recompute == "auto" else (parallel.recompute,)
+    problems = [proved().problem(planned.with_recompute(choice), layout, accumulation) for choice in choices]
+    unproved = next(filter(None, problems), None)
     if unproved and not parallel.allow_unproved:
         raise MegalmError(f"{unproved}: choose what is (docs/support.md), or set parallel.allow_unproved to true")
     # Refuses what the loader would refuse, some seconds later.

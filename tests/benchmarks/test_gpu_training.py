@@ -4,7 +4,6 @@ import gc
 import json
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,10 +15,11 @@ from megalm.nn.kernels import BACKENDS
 from megalm.nn.layers import Layers
 from megalm.nn.loss import head_loss
 from megalm.training.loop import tensors
+from megalm.training.memory import predict
 from tests.benchmarks.scripts import script
 from tests.distributed.ranks import run_ranks
 
-gpu_measure, gpu_memory, gpu_training = map(script, ("gpu_measure", "gpu_memory", "gpu_training"))
+gpu_measure, gpu_training = map(script, ("gpu_measure", "gpu_training"))
 
 SMALL = ("model.num_layers=4", "model.vocab_size=2048", "train.sequence_length=128", "train.global_batch_size=4")
 """Of the tiny preset: large enough that a step's memory is mainly what is predicted."""
@@ -57,71 +57,13 @@ def test_made_up_text_is_the_same_each_time_and_has_documents() -> None:
     assert batch.positions[0, :18].tolist() == [*range(16), 0, 1]
 
 
-def step_memory(changes: tuple[str, ...]) -> tuple[int, int]:
-    """On a rank: bytes of all tensors between two steps, and the most that the next step holds beside them."""
-    joined, device = start()
-    config = gpu_measure.read_config("tiny", *changes, steps=3)
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    seen: list[int] = []
-
-    def after_step(loss: float) -> None:
-        seen.append(0)
-        if len(seen) == 2:
-            live = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
-            storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in live}
-            seen[0] = sum(storages.values())
-            profiler.start()
-
-    gpu_measure.train(config, joined, device, after_step=after_step, draw=False)
-    profiler.stop()
-    held = most = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return seen[0], most
-
-
-def start() -> tuple[Any, torch.device]:
-    from megalm.layout import Layout
-    from megalm.parallel import groups
-
-    device = gpu_measure.choose_device("cpu")
-    groups.start(device)
-    return groups.create(Layout()), device
-
-
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_memory_is_predicted(recompute: str) -> None:
-    changes = (*SMALL, "model.attention_backend=sdpa", f"parallel.recompute={recompute}")
-    predicted = gpu_memory.predict(gpu_measure.read_config("tiny", *changes, steps=1), chunk=2 * 2**19)
-    states = predicted.weights + predicted.master_weights + predicted.gradients + predicted.moments
-    [(between, most)] = run_ranks(1, step_memory, changes)
-    assert between == pytest.approx(states, rel=0.02)
-    assert most == pytest.approx(predicted.activations + predicted.temporaries, rel=0.1)
-    assert predicted.total == states + predicted.activations + predicted.temporaries
-
-
-def test_recomputation_and_rows_change_the_prediction_as_they_should() -> None:
-    def activations(*changes: str) -> int:
-        return gpu_memory.predict(gpu_measure.read_config("tiny", *SMALL, *changes, steps=1)).activations
-
-    assert activations("parallel.recompute=full") < 0.7 * activations()
-    assert activations("train.micro_batch_size=2") == pytest.approx(activations() / 2, rel=0.01)
-
-
-def test_a_layout_that_is_not_predicted_is_refused() -> None:
-    with pytest.raises(MegalmError, match="memory is predicted for"):
-        gpu_memory.predict(gpu_measure.read_config("tiny", "train.precision=fp32", steps=1))
-
-
 def test_what_does_not_fit_is_made_smaller() -> None:
-    whole = gpu_memory.predict(gpu_measure.read_config("tiny", *SMALL, steps=1)).total
+    whole = predict(gpu_measure.read_config("tiny", *SMALL, steps=1)).total
     name, changes = gpu_training.fit("tiny", list(SMALL), 1, whole)
     assert (name, changes[-3]) == ("tiny", "train.micro_batch_size=4")
     name, changes = gpu_training.fit("tiny", list(SMALL), 1, whole - 1)
     assert (name, changes[-3]) == ("tiny", "train.micro_batch_size=2")
-    one_row = gpu_memory.predict(gpu_measure.read_config("tiny", *SMALL, "train.micro_batch_size=1", steps=1)).total
+    one_row = predict(gpu_measure.read_config("tiny", *SMALL, "train.micro_batch_size=1", steps=1)).total
     name, changes = gpu_training.fit("tiny", list(SMALL), 1, one_row - 1)
     assert (name, changes[-2]) == ("tiny, 3 of 4 blocks", "model.num_layers=3")
     with pytest.raises(MegalmError, match="more than 0 MiB with one row"):

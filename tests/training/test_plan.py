@@ -14,7 +14,7 @@ import yaml
 
 from megalm.config import load
 from megalm.errors import MegalmError
-from megalm.parallel.proved import Proved
+from megalm.parallel.proved import Proved, proved
 from megalm.tokenizer.load import load as load_tokenizer
 from megalm.tokenizer.train import train
 from megalm.training.config import RunConfig
@@ -346,3 +346,16 @@ def test_what_is_not_proved_is_refused_or_allowed_and_said(
     assert plan(RunConfig.model_validate(allowed), 2).unproved == what
     [facts] = run_ranks(1, facts_of, allowed)
     assert facts["unproved"].endswith("is not proved to train the model that one process trains")
+
+
+def test_whatever_auto_may_choose_is_proved(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = settings(parallel={"recompute": "auto"}, train=settings()["train"] | {"precision": "bf16"})
+    planned = plan(RunConfig.model_validate(auto), 2)
+    assert (planned.config.parallel.recompute, planned.unproved) == ("auto", "")
+    known = proved()
+    without = Proved(frozenset(name for name in known.signatures if " | full | " not in name), known.pairs)
+    monkeypatch.setattr("megalm.training.plan.proved", lambda: without)
+    message = refusal(auto, 2, tmp_path)
+    assert "parallel.recompute full" in message and "is not proved to train the model" in message

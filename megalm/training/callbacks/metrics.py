@@ -7,7 +7,7 @@ import torch
 
 from megalm.metrics import flops
 from megalm.metrics.config import LoggingConfig
-from megalm.metrics.meters import resident_memory
+from megalm.metrics.meters import format_bytes, resident_memory
 from megalm.metrics.plot import plot_runs
 from megalm.metrics.sinks import Sink, open_sinks
 from megalm.training.run import Callback, Run
@@ -20,7 +20,9 @@ class Metrics(Callback):
     step that was rolled back is not, since the step comes again.
     """
 
-    def __init__(self, config: LoggingConfig, device: torch.device):
+    def __init__(self, config: LoggingConfig, device: torch.device, predicted: int | None = None):
+        """predicted: bytes at the peak of a step, where training/memory.py knows them."""
+        self._predicted = predicted
         self._config = config
         self._device = device
         self._sinks: list[Sink] = []
@@ -74,6 +76,9 @@ class Metrics(Callback):
             if self._written:
                 self._draw(run)
                 run.say(f"curve: {run.directory / 'loss.png'}")
+            if self._predicted:
+                peak = format_bytes(self._memory())
+                run.say(f"memory: {peak} at the peak, {format_bytes(self._predicted)} were predicted of a step")
 
     def _draw(self, run: Run) -> None:
         plot_runs([run.directory], run.directory / "loss.png")
