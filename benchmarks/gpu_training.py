@@ -208,7 +208,7 @@ def measure(
 ) -> dict[str, Any]:
     """Train config.train.steps steps, of which those after the warmup are timed, but for the last if it is profiled."""
     attention = resolve(config.model.attention_backend, needs(config, device))
-    norm = "compiled" if config.train.compile else resolve_norm(config.model.norm_implementation, device.type)
+    norm = "compiled" if config.compiles(device.type) else resolve_norm(config.model.norm_implementation, device.type)
     laps, losses = Laps(device), []
     on_gpu = device.type == "cuda"
     warmup, timed = arguments.warmup, arguments.warmup + arguments.steps

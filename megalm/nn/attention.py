@@ -12,7 +12,7 @@ from megalm.nn.adapter import adapter_of
 from megalm.nn.cache import KeyValueCache
 from megalm.nn.config import BlockConfig, RopeScaling
 from megalm.nn.dropout import AttentionDropout, Dropout
-from megalm.nn.kernels import BACKENDS, LONG, Mask, MaskKind, Requirements, attention, resolve
+from megalm.nn.kernels import LONG, Mask, MaskKind, Requirements, attention, resolve
 from megalm.nn.layers import Layers
 from megalm.nn.norm import RMSNorm
 from megalm.nn.position import alibi_slopes, rotary_angles, rotary_tables, rotate
@@ -157,14 +157,13 @@ class Attention(nn.Module):
     def _rotary(self) -> tuple[int, float, RopeScaling | None]:
         return self.config.rotary_width, self.config.rope_theta, self.config.rope_scaling
 
-    def prepare_to_compile(self, device: torch.device, backend: str) -> None:
-        """Have ready what torch.compile cannot look up, and keep a kernel that it does not know apart from it."""
+    def prepare_to_compile(self, device: torch.device, backend: str | None) -> None:
+        """Have ready what torch.compile cannot look up. backend: the kernel that it takes in; None keeps it apart."""
         if self.position == "rotary":
             # Each kernel would find sines anew for every head, which takes it longer than to read its numbers.
             self.tables = rotary_tables(self.config.max_position_embeddings, *self._rotary(), device)
-        if BACKENDS[backend].traceable:
-            self.compiled_backend = backend
-        else:
+        self.compiled_backend = backend
+        if backend is None:
             self._attend = torch.compiler.disable(self._attend)  # type: ignore[method-assign]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:

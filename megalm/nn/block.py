@@ -73,11 +73,12 @@ class Block(nn.Module):
         self.feed_forward_dropout = drop("feed_forward")
         self._compiled: Callable[..., Tensor] | None = None
 
-    def compile_training(self, device: torch.device, backend: str) -> None:
-        """Let torch.compile fuse what stands around the attention kernel, in training; what evaluates or generates
-        stays as it is, and so do the kernels. Blocks that are alike share what is compiled, at the first step.
+    def compile_training(self, device: torch.device, backend: str | None) -> None:
+        """Let torch.compile fuse what stands around the matrix products in training; what evaluates or generates stays
+        as it is. Blocks that are alike share what is compiled, at the first step.
 
-        backend: of attention, as kernels.resolve() named it."""
+        backend: the attention kernel that stands inside (kernels.traces); None leaves it outside.
+        """
         assert self.cross_attention is None, "no decoder has one"
         self.attention.prepare_to_compile(device, backend)
         self._compiled = torch.compile(self._hidden, dynamic=False)

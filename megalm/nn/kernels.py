@@ -6,8 +6,10 @@ kv_heads and query head h uses key head h // (heads / kv_heads).
 
 import importlib
 import inspect
+import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -16,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from megalm.errors import MegalmError
 from megalm.nn.dropout import AttentionDropout
+
+logger = logging.getLogger(__name__)
 
 MaskKind = Literal["causal", "full", "prefix"]
 LONG = 1024
@@ -224,13 +229,22 @@ def _call_sdpa(
     if not q.is_cuda:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
         return _heads_first(mixed)
-    if grouped and (bias is not None or q.dtype not in _HALF):
-        # then neither flash attention nor cuDNN serves, and of the others the fast one knows no grouped heads
+    if grouped and not _knows_groups(q, k, v, bias, causal):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
     with sdpa_kernel(kernels):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
     return _heads_first(mixed)
+
+
+def _knows_groups(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> bool:
+    """Whether flash attention or cuDNN serves; of the others, the memory-efficient kernel knows no grouped heads."""
+    if bias is not None or q.dtype not in _HALF:
+        return False
+    if torch.compiler.is_compiling():  # which cannot ask; traces() has tried it out
+        return True
+    asked = SDPAParams(q, k, v, bias, 0.0, causal, True)
+    return can_use_flash_attention(asked) or can_use_cudnn_attention(asked)
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -470,8 +484,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str) -> Tens
     return BACKENDS[backend].run(q, k, v, mask)
 
 
-def _self_check(backend: Backend, needs: Requirements) -> str | None:
-    """Compare output and gradients with the plain backend on a small input; why not to trust it, or None.
+def _self_check(backend: Backend, needs: Requirements, compiled: bool = False) -> str | None:
+    """Compare output and gradients with the plain backend on a small input; why not to trust it, or None. compiled: of
+    the backend as a part of what torch.compile builds.
 
     Queries and keys are large, as in trained models, so that attention is on few keys and the precision of the scores
     matters. The tolerance is twice the distance between numbers of the dtype, or 1e-4: kernels that round only their
@@ -498,17 +513,22 @@ def _self_check(backend: Backend, needs: Requirements) -> str | None:
         query_positions=(torch.arange(seq, device=device) // 2).repeat(batch, 1) if needs.cached else None,
     )
 
+    def attend(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:
+        return attention(q, k, v, mask, name)
+
     def run(name: str, dtype: torch.dtype) -> list[Tensor]:
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
-        out = attention(inputs[0], inputs[1], inputs[2], mask, name)
+        whole = torch.compile(attend, fullgraph=True) if compiled and name == backend.name else attend
+        out = whole(inputs[0], inputs[1], inputs[2], name)
         return [out.detach(), *torch.autograd.grad(out, inputs, out_gradient.to(dtype))]
 
     def same(x: Tensor) -> Tensor:
         return x
 
+    # a caller's recomputation must not see the tensors saved here; who compiles is in none
+    hooks = nullcontext() if compiled else torch.autograd.graph.saved_tensors_hooks(same, same)
     try:
-        # a caller's recomputation must not see the tensors saved here
-        with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(same, same):
+        with torch.inference_mode(False), torch.enable_grad(), hooks:
             results = run(backend.name, needs.dtype)
             references = run("plain", torch.promote_types(needs.dtype, torch.float32))
     except Exception as error:  # whatever a kernel raises, another one can serve
@@ -519,6 +539,18 @@ def _self_check(backend: Backend, needs: Requirements) -> str | None:
         if not distance < tolerance:
             return f"its self-check failed ({what} is {distance:.1e} from the plain backend's, relatively)"
     return None
+
+
+@cache
+def traces(name: str, needs: Requirements) -> bool:
+    """Whether torch.compile can take the backend into what it builds; on a GPU it is tried out."""
+    backend = BACKENDS[name]
+    if not backend.traceable or needs.device == "cpu":
+        return backend.traceable
+    if problem := _self_check(backend, needs, compiled=True):
+        logger.warning("train.compile leaves attention %s outside: %s", name, problem)
+        return False
+    return True
 
 
 @cache

@@ -119,16 +119,15 @@ def require_determinism() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def require_compiler(device: torch.device) -> None:
-    """Raises MegalmError where torch.compile cannot build for this device: before hours of loading, not after."""
+def compiler_problem(device: torch.device) -> str | None:
+    """Why torch.compile cannot build for this device, and the way out; None if it can. Before hours of loading, not
+    after."""
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # whatever its compilers say
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        needs = "g++" if device.type == "cpu" else "Triton and a C compiler"
-        raise MegalmError(
-            f"train.compile does not work here ({reason}): install {needs}, or leave train.compile out"
-        ) from None
+        return f"{reason}: install {'g++' if device.type == 'cpu' else 'Triton and a C compiler'}"
+    return None
 
 
 def memory(device: torch.device) -> int | None:

@@ -1,5 +1,6 @@
 """The composition root: the one place that joins the rooms into a run."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -23,7 +24,7 @@ from megalm.nn.attention import requirements
 from megalm.nn.block import Block
 from megalm.nn.config import Recompute
 from megalm.nn.init import spec_of
-from megalm.nn.kernels import resolve
+from megalm.nn.kernels import Requirements, resolve, traces
 from megalm.nn.layers import Layers
 from megalm.nn.loss import head_loss
 from megalm.nn.norm import resolve_norm
@@ -56,6 +57,8 @@ from megalm.training.plan import Plan
 from megalm.training.run import Run
 from megalm.training.samples import open_samples
 from megalm.training.whereabouts import Whereabouts
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -120,12 +123,15 @@ def build_engine(
             layers.tensor_size,
             *([finish] if parallel.zero == 3 else []),
         )
-    attention = resolve_attention(config, device) if train.compile else ""
-    for block in [layer for layer in module.modules() if isinstance(layer, Block)]:
-        if train.fp8:
+    blocks = [layer for layer in module.modules() if isinstance(layer, Block)]
+    if train.fp8:
+        for block in blocks:
             float8.convert(block, device)
-        if train.compile:
-            block.compile_training(device, attention)
+    if config.compiles(device.type):
+        needs = _needs(config, device)
+        attention = resolve(model.attention_backend, needs)
+        for block in blocks:
+            block.compile_training(device, attention if traces(attention, needs) else None)
     named = list(engine.full_names(module, [spec.name for spec in specs]))
     tunings.freeze(named, tuning)
     decayed = parameter_groups(
@@ -178,9 +184,9 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
     devices.require_precision(config.train.precision)
     if config.train.deterministic:
         devices.require_determinism()
-    if config.train.compile:
+    if config.compiles(device.type):
         whereabouts.note("trying torch.compile")
-        devices.require_compiler(device)
+        planned = _without_broken_compiler(planned, device)
     if config.train.fp8:
         float8.require(device)
     groups.start(device)
@@ -289,6 +295,19 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
     return run
 
 
+def _without_broken_compiler(planned: Plan, device: torch.device) -> Plan:
+    """The plan; without train.compile `auto` where torch.compile does not work. Raises MegalmError if it was named."""
+    problem = devices.compiler_problem(device)
+    if problem is None:
+        return planned
+    config = planned.config
+    if config.train.compile is True:
+        raise MegalmError(f"train.compile does not work here ({problem}), or leave train.compile out")
+    logger.warning("train.compile: auto leaves it out, for it does not work here (%s)", problem)
+    without = config.train.model_copy(update={"compile": False})
+    return replace(planned, config=config.model_copy(update={"train": without}))
+
+
 def _with_recompute(
     planned: Plan, joined: Groups, device: torch.device, memory: int | None
 ) -> tuple[Plan, str, int | None]:
@@ -300,7 +319,7 @@ def _with_recompute(
     least = min((size for size in joined.gather(memory) if size is not None), default=None)
 
     def choose() -> tuple[Recompute, int | None]:
-        attention = resolve_attention(planned.config, device)
+        attention = resolve(planned.config.model.attention_backend, _needs(planned.config, device))
         model = planned.config.model.model_copy(update={"attention_backend": attention})
         return choose_recompute(planned.config.model_copy(update={"model": model}), planned.layout.data, least)
 
@@ -382,16 +401,15 @@ def _require_same_kernels(joined: Groups, facts: dict[str, str]) -> None:
             )
 
 
-def resolve_attention(config: RunConfig, device: torch.device) -> str:
-    """The attention kernel of a run's training."""
-    needs = requirements(
+def _needs(config: RunConfig, device: torch.device) -> Requirements:
+    """What training asks of its attention kernel."""
+    return requirements(
         config.model,
         device=device.type,
         dtype=DTYPES[config.train.precision],
         segmented=config.segmented,
         sequence_length=config.train.sequence_length,
     )
-    return resolve(config.model.attention_backend, needs)
 
 
 def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dict[str, str]:
@@ -408,9 +426,9 @@ def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dic
             f"{planned.accumulation} micro-batches of {config.train.micro_batch_size} per rank"
         ),
         "device": f"{where}, {precision}, ZeRO {config.parallel.zero}",
-        "attention": resolve_attention(config, device),
+        "attention": resolve(config.model.attention_backend, _needs(config, device)),
         "norm": f"{config.model.norm}, "
-        + ("compiled" if config.train.compile else resolve_norm(config.model.norm_implementation, device.type)),
+        + ("compiled" if config.compiles(device.type) else resolve_norm(config.model.norm_implementation, device.type)),
         "optimizer": "AdamW, "
         + resolve_implementation(optimizer.implementation, device.type, config.parallel.offload_optimizer),
         **_tuning_facts(config, sizes),

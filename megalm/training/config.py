@@ -48,10 +48,10 @@ class TrainSection(Config):
     deterministic: bool = False
     """On a GPU, only kernels that give the same bits in every run, at some speed, so that a run resumes bitwise. A
     CPU's always do."""
-    compile: bool = False
-    """Let torch.compile fuse what stands around attention's kernel in each block: norms, rotation, activation, sums. It
-    needs parallel.tensor 1, parallel.pipeline 1, parallel.zero 0 to 2, fp32 or bf16, rows of one length, no adapters
-    and no dropout, and takes about a minute at the first step."""
+    compile: bool | Literal["auto"] = "auto"
+    """Let torch.compile fuse what stands around the matrix products of each block: norms, rotation, activation, sums.
+    It needs parallel.tensor 1, parallel.pipeline 1, parallel.zero 0 to 2, fp32 or bf16, rows of one length, no adapters
+    and no dropout, and takes about half a minute at the first step. `auto`: on a GPU, where all that holds."""
     fp8: bool = False
     """Multiply the matrices of all blocks in float8, by torchao: for models of a billion parameters or more on a GPU of
     compute capability 8.9 or newer, with train.compile; a CPU emulates it. It needs bf16, parallel.tensor 1,
@@ -205,7 +205,7 @@ class RunConfig(Config):
                 f"{train.precision}: set parallel.zero to 1, which keeps fp32 ones"
             )
         for key, on, reasons in (
-            ("compile", train.compile, self._uncompiled()),
+            ("compile", train.compile is True, self._uncompiled()),
             ("fp8", train.fp8, self._not_in_float8()),
         ):
             if on and any(reasons.values()):
@@ -263,6 +263,12 @@ class RunConfig(Config):
             "tuning.freeze": bool(tuning.freeze),
         }
         return next((what for what, holds in reasons.items() if holds), "")
+
+    def compiles(self, device: str) -> bool:
+        """Whether blocks are compiled on a `cpu` or `cuda` device."""
+        if self.train.compile == "auto":
+            return device == "cuda" and not any(self._uncompiled().values())
+        return self.train.compile
 
     def _plain_only(self) -> dict[str, bool]:
         """What keeps both train.compile and train.fp8 from being used, and whether it holds."""

@@ -93,7 +93,7 @@ def rungs(until: float, output: Path) -> tuple[int, int]:
 
     wrong = gpu_training.work(
         Namespace(device="cpu", output=output, worker="tiny", set=[], rung=["base", "full", "apex"], steps=2, warmup=1,
-                  until=until)
+                  until=until, profile=True)
     )  # fmt: skip
     gc.collect()
     return wrong, sum(isinstance(each, DeepSpeedEngine) for each in gc.get_objects())
@@ -104,16 +104,35 @@ def test_a_ladder_on_a_cpu(tmp_path: Path) -> None:
     assert run_ranks(1, rungs, float("inf"), output) == [(0, 0)]
     facts, base, apex, full = [json.loads(line) for line in output.read_text().splitlines()]
     assert facts["torch"] == torch.__version__
-    assert [base["rung"], apex["rung"], full["rung"]] == ["base", "norm apex", "recompute full"]
+    assert [base["rung"], apex["rung"], full["rung"]] == ["base", "norm apex, not compiled", "recompute full"]
     assert "apex" in apex["refused"] and "tokens_per_second" not in apex
     for row in (base, full):
-        assert len(row["losses"]) == 3 and len(row["step_seconds"]) == 2
+        assert len(row["losses"]) == 4 and len(row["step_seconds"]) == 2, "the profiled step is not timed"
+        assert row["profile"] == {"span": 0.0, "busy": 0.0, "kernels": {}}, "a CPU has no kernels"
         assert row["tokens_per_second"] == row["tokens_per_step"] / row["seconds"]
         assert row["predicted_total"] == sum(row["predicted_memory"].values())
         assert row["peak_memory"] is None and row["mfu_full"] is None, "a CPU has neither"
     assert full["losses"][0] == pytest.approx(base["losses"][0], rel=1e-3)
     assert "parallel.recompute=full" in full["settings"]
     assert full["predicted_total"] < base["predicted_total"]
+
+
+def test_kernels_that_run_side_by_side_are_busy_once() -> None:
+    """Two streams, and a gap of 30."""
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    def event(name: str, start: int, duration: int, device: Any = cuda, note: bool = False) -> Any:
+        told = {"name": name, "start_ns": start, "duration_ns": duration, "device_type": device,
+                "is_user_annotation": note}  # fmt: skip
+        return SimpleNamespace(**{key: lambda value=value: value for key, value in told.items()})
+
+    events = [event("a", 100, 50), event("b", 120, 60), event("a", 210, 10), event("launch", 0, 500, cpu),
+              event("step", 0, 500, note=True)]  # fmt: skip
+    results = SimpleNamespace(events=lambda: events)
+    found = gpu_training.by_kernel(SimpleNamespace(profiler=SimpleNamespace(kineto_results=results)))
+    assert found["span"] == pytest.approx(120e-9) and found["busy"] == pytest.approx(90e-9)
+    assert found["kernels"] == {"a": {"seconds": pytest.approx(60e-9), "calls": 2},
+                                "b": {"seconds": pytest.approx(60e-9), "calls": 1}}  # fmt: skip
 
 
 def test_nothing_starts_after_the_time_is_over(tmp_path: Path) -> None:

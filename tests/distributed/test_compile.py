@@ -117,18 +117,35 @@ def test_what_is_not_proved_is_refused(sections, why):
         run(**sections)
 
 
-def test_a_missing_compiler_is_told(monkeypatch):
+def test_a_missing_compiler_is_told_and_auto_does_without(monkeypatch, caplog):
     from megalm.errors import MegalmError
-    from megalm.parallel import device
+    from megalm.layout import Layout
+    from megalm.training import build
+    from megalm.training.plan import Plan
 
     def refuse(function: object) -> object:
         raise RuntimeError("no g++\nmore of it")
 
+    def planned(compile: bool | str) -> Plan:
+        return Plan(run(train={"compile": compile}), Layout(), 1, tokenizer=None, unproved="")
+
+    cpu = torch.device("cpu")
+    assert build._without_broken_compiler(planned(True), cpu).config.train.compile is True
     monkeypatch.setattr(torch, "compile", refuse)
     with pytest.raises(
-        MegalmError, match=r"does not work here \(no g\+\+\): install g\+\+, or leave train.compile out"
+        MegalmError, match=r"does not work here \(no g\+\+: install g\+\+\), or leave train.compile out"
     ):
-        device.require_compiler(torch.device("cpu"))
+        build._without_broken_compiler(planned(True), cpu)
+    assert build._without_broken_compiler(planned("auto"), cpu).config.train.compile is False
+    assert "auto leaves it out" in caplog.text
+
+
+def test_auto_compiles_on_a_gpu_what_is_proved():
+    assert run(train={"compile": "auto"}).compiles("cuda")
+    assert not run(train={"compile": "auto"}).compiles("cpu")
+    assert not run(train={"compile": "auto"}, parallel={"tensor": 2}).compiles("cuda")
+    assert not run(train={"compile": "auto"}, model={"hidden_dropout": 0.1}).compiles("cuda")
+    assert run().compiles("cpu") and not run(compile=False).compiles("cuda")
 
 
 def test_blocks_that_evaluate_are_not_compiled():

@@ -45,7 +45,7 @@ def on_gpu(settings: Settings, name: str, **sections: dict[str, Any]) -> dict[st
     tree = settings(name, **{key: value for key, value in sections.items() if key != "train"})
     tree["run"] |= {"device": "cuda"}
     tree["model"] |= {"hidden_size": 128, "attention_backend": "plain"} | sections.get("model", {})
-    tree["train"] |= sections.get("train", {})
+    tree["train"] |= {"compile": False} | sections.get("train", {})
     return tree
 
 
@@ -76,6 +76,29 @@ def test_the_fastest_attention_trains_the_same_model(settings: Settings, tmp_pat
         train(tree, tmp_path)
         curves[backend] = [record["loss"] for record in curve(tree)]
     assert curves["auto"] == pytest.approx(curves["plain"], rel=1e-2)
+
+
+def test_what_is_fast_trains_the_same_model(settings: Settings, tmp_path: Path) -> None:
+    """train.compile auto, the kernels that auto takes, float8 and recomputation to fit: 1 % of the loss in bf16."""
+    kinds: dict[str, dict[str, dict[str, Any]]] = {
+        "plain": {},
+        "compiled": {"train": {"compile": "auto"}, "model": {"attention_backend": "auto"}},
+        "fp8": {"train": {"compile": "auto", "fp8": True}, "parallel": {"recompute": "auto"}},
+    }
+    curves, said = {}, {}
+    for name, sections in kinds.items():
+        changed = {key: sections.get(key, {}) for key in ("model", "train", "parallel")}
+        changed["train"] = {"precision": "bf16"} | changed["train"]
+        changed["parallel"] = {"zero": 1} | changed["parallel"]
+        tree = on_gpu(settings, name, **changed)
+        said[name] = train(tree, tmp_path)
+        curves[name] = [record["loss"] for record in curve(tree)]
+    assert "compiled" in said["compiled"] and "compiled" not in said["plain"]
+    assert "bf16 and fp8" in said["fp8"] and "predicted at the peak of a step" in said["fp8"]
+    assert "at the peak" in said["plain"], "what was predicted is held against what was taken"
+    for name in ("compiled", "fp8"):
+        assert curves[name] == pytest.approx(curves["plain"], rel=1e-2)
+        assert curves[name] != curves["plain"]
 
 
 def test_a_gpu_follows_a_cpu(settings: Settings, tmp_path: Path) -> None:

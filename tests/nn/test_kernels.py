@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import shutil
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -385,6 +386,25 @@ def test_auto_takes_one_that_can(changes: dict, chosen: str, monkeypatch: pytest
 def test_auto_passes_over_a_kernel_that_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, ("flash3",), broken=("flash3", "sdpa_cudnn"))
     assert resolve("auto", GPU) == "sdpa_flash"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_kernel_is_compiled_only_if_its_results_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = Requirements("cpu", torch.float32, segments=True, group=2)
+    assert kernels._self_check(BACKENDS["sdpa"], needs, compiled=True) is None
+
+    def otherwise_if_compiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        return BACKENDS["plain"].run(q, k, v, mask) * (1.001 if torch.compiler.is_compiling() else 1.0)
+
+    def in_pieces(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        torch._dynamo.graph_break()
+        return BACKENDS["plain"].run(q, k, v, mask)
+
+    for run, problem in ((otherwise_if_compiled, "output is"), (in_pieces, "self-check failed")):
+        backend = dataclasses.replace(BACKENDS["sdpa"], run=run)
+        monkeypatch.setitem(BACKENDS, "sdpa", backend)
+        assert kernels._self_check(backend, needs) is None
+        assert problem in str(kernels._self_check(backend, needs, compiled=True))
 
 
 def test_a_named_backend_that_cannot_serve_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
