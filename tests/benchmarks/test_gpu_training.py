@@ -4,6 +4,8 @@ import gc
 import json
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
