@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All that a machine with a GPU can say of megalm, into one folder: the kernels' tests, then the three benchmarks.
+# All that a machine with a GPU can say of megalm, into one folder: the kernels' tests, then the benchmarks.
 #
-#   benchmarks/gpu.sh [PART ...]     of: tests attention training peers (default: all, in this order)
+#   benchmarks/gpu.sh [PART ...]     of: tests loss attention training peers (default: all, in this order)
 #
 # OUT      folder of the results (default: runs/gpu): NAME.log as printed, NAME.jsonl as JSON lines
 # MINUTES  of the training benchmark, and of the comparison (default: 8 and 3)
@@ -33,10 +33,11 @@ run() {
 }
 
 failed=0
-for part in "${@:-tests attention training peers}"; do
+for part in "${@:-tests loss attention training peers}"; do
   for name in $part; do
     case $name in
       tests) run tests "$python" -m pytest -q -m gpu tests/gpu/test_kernels.py ;;
+      loss) run loss "$python" benchmarks/gpu_cross_entropy.py --output "$out/loss.jsonl" "${options[@]}" ;;
       attention) run attention "$python" benchmarks/gpu_attention.py --output "$out/attention.jsonl" "${options[@]}" ;;
       training)
         run training "$python" benchmarks/gpu_training.py --output "$out/training.jsonl" \
@@ -46,7 +47,7 @@ for part in "${@:-tests attention training peers}"; do
         run peers "$python" benchmarks/gpu_peers.py --output "$out/peers.jsonl" --minutes "${MINUTES:-3}" "${options[@]}"
         ;;
       *)
-        echo "error: $name is no part: name some of tests, attention, training, peers" >&2
+        echo "error: $name is no part: name some of tests, loss, attention, training, peers" >&2
         exit 2
         ;;
     esac

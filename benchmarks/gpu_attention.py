@@ -18,7 +18,7 @@ import torch
 from gpu_measure import Results, choose_device, introduce, matmul_rate, parser, time_calls, timing
 from torch import Tensor
 
-from megalm.errors import main_guard
+from megalm.errors import main_guard, reason
 from megalm.nn.kernels import BACKENDS, LONG, Mask, Requirements, attention
 
 DTYPE = torch.bfloat16
@@ -81,7 +81,7 @@ def measure(
     except torch.OutOfMemoryError:
         return {"refused": "out of memory: it keeps the scores of all pairs"}
     except Exception as error:  # a kernel built for another torch or GPU fails in any way it likes
-        return {"refused": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"}
+        return {"refused": f"{type(error).__name__}: {reason(error)}"}
 
 
 def fault(backend: str, head_dim: int, heads: int, length: int, packed: bool, device: torch.device) -> str:

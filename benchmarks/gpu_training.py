@@ -36,7 +36,7 @@ from gpu_measure import (
     train,
 )
 
-from megalm.errors import MegalmError, main_guard
+from megalm.errors import MegalmError, main_guard, reason
 from megalm.metrics import flops
 from megalm.metrics.meters import format_bytes
 from megalm.nn.attention import requirements
@@ -193,7 +193,7 @@ def try_rung(
     except MegalmError as error:  # a kernel that is not here
         return found | {"refused": str(error)}
     except torch.OutOfMemoryError as error:
-        return found | {"refused": f"out of memory, which was not predicted: {str(error).splitlines()[0]}"}
+        return found | {"refused": f"out of memory, which was not predicted: {reason(error)}"}
     finally:
         # torch.compile leaves a function as it is once it met it in too many forms, those of other rungs among them.
         torch.compiler.reset()

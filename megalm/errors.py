@@ -17,6 +17,11 @@ class MegalmError(Exception):
         self.echo = echo
 
 
+def reason(error: BaseException) -> str:
+    """What a library's error says in its first line, or of what kind it is."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def main_guard(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main: a MegalmError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megalm.convert.folder import Weights
-from megalm.errors import MegalmError
+from megalm.errors import MegalmError, reason
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import Embedding, Head, decoder
 from megalm.nn.config import HeadKind
@@ -166,7 +166,7 @@ def _without_weights(transformers: Any, weights: Weights, head: HeadKind) -> tup
         )
     except Exception as error:  # whatever transformers raises, it does not load
         raise MegalmError(
-            f"transformers {transformers.__version__} cannot load {folder} ({_first_line(error)}): use another version "
+            f"transformers {transformers.__version__} cannot load {folder} ({reason(error)}): use another version "
             "of it, or convert with --no-verify"
         ) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -214,7 +214,7 @@ def _compare_tokenizers(transformers: Any, tokenizer: Tokenizer, folder: Path) -
             theirs = kind.from_pretrained(folder, local_files_only=True)
             return [theirs.encode(line, add_special_tokens=False) for line in lines]
         except Exception as error:  # whatever transformers raises, the tokenizer does not load
-            return _first_line(error)
+            return reason(error)
 
     plain = ids(transformers.PreTrainedTokenizerFast)
     if plain != expected:
@@ -228,10 +228,6 @@ def _compare_tokenizers(transformers: Any, tokenizer: Tokenizer, folder: Path) -
             "place and gives other ids: load it with PreTrainedTokenizerFast.from_pretrained"
         ]
     return []
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

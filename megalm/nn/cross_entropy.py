@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from megalm.errors import reason
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,8 +61,7 @@ def _kernels(device: torch.device) -> _Kernels | None:
         losses, normalizer = kernels.losses(logits, labels)
         kernels.gradient(logits, normalizer, labels, losses)
     except Exception as error:  # whatever its compilers say
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        logger.warning("cross entropy takes slower kernels, for torch.compile does not work here: %s", reason)
+        logger.warning("cross entropy takes slower kernels, for torch.compile does not work here: %s", reason(error))
         return None
     return kernels
 

@@ -22,7 +22,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_fla
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakIdKeyDictionary
 
-from megalm.errors import MegalmError
+from megalm.errors import MegalmError, reason
 from megalm.nn.dropout import AttentionDropout
 
 logger = logging.getLogger(__name__)
@@ -532,7 +532,7 @@ def _self_check(backend: Backend, needs: Requirements, compiled: bool = False) -
             results = run(backend.name, needs.dtype)
             references = run("plain", torch.promote_types(needs.dtype, torch.float32))
     except Exception as error:  # whatever a kernel raises, another one can serve
-        return f"its self-check failed ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        return f"its self-check failed ({reason(error)})"
     tolerance = max(1e-4, 2 * torch.finfo(needs.dtype).eps)
     for what, result, reference in zip(("output", "dq", "dk", "dv"), results, references, strict=True):
         distance = ((result - reference).norm() / reference.norm()).item()

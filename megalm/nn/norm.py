@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megalm import nvidia_apex
-from megalm.errors import MegalmError
+from megalm.errors import MegalmError, reason
 from megalm.nn.config import BlockConfig
 from megalm.nn.init import Spec, declare
 from megalm.nn.layers import Layers
@@ -88,8 +88,7 @@ def _self_check(kernels: ModuleType, device: str) -> str | None:
             check(torch.float32)
             check(torch.bfloat16)
     except Exception as error:  # a kernel built for another GPU fails in any way it likes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"its norms fail their self-check ({reason})"
+        return f"its norms fail their self-check ({reason(error)})"
     return None
 
 

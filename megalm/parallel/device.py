@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megalm.errors import MegalmError
+from megalm.errors import MegalmError, reason
 
 Kind = Literal["cpu", "cuda"]
 
@@ -125,8 +125,7 @@ def compiler_problem(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # whatever its compilers say
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return f"{reason}: install {'g++' if device.type == 'cpu' else 'Triton and a C compiler'}"
+        return f"{reason(error)}: install {'g++' if device.type == 'cpu' else 'Triton and a C compiler'}"
     return None
 
 
