@@ -17,6 +17,7 @@ def test_all_parts_by_default(tmp_path: Path) -> None:
     said = {path.stem: path.read_text().strip() for path in tmp_path.iterdir()}
     assert said == {
         "tests": "-m pytest -q -m gpu tests/gpu/test_kernels.py",
+        "loss": f"benchmarks/gpu_cross_entropy.py --output {tmp_path}/loss.jsonl --quick",
         "attention": f"benchmarks/gpu_attention.py --output {tmp_path}/attention.jsonl --quick",
         "training": f"benchmarks/gpu_training.py --output {tmp_path}/training.jsonl --minutes 5 --quick",
         "peers": f"benchmarks/gpu_peers.py --output {tmp_path}/peers.jsonl --minutes 5 --quick",
