@@ -123,8 +123,8 @@ def fault(loss: Loss, logits: Tensor, labels: Tensor) -> str:
 def show(name: str, tokens: int, ids: int, row: dict[str, Any], traffic: int, copied: float) -> None:
     """copied: bytes a second that a copy reads and writes."""
     start = f"{name:10}{tokens:>8}{ids:>9}"
-    if reason := row.get("refused") or row.get("wrong"):
-        print(f"{start}   {'WRONG: ' if 'wrong' in row else ''}{reason}", flush=True)
+    if why := row.get("refused") or row.get("wrong"):
+        print(f"{start}   {'WRONG: ' if 'wrong' in row else ''}{why}", flush=True)
         return
     shares = (traffic / row["forward"] / copied, 2 * traffic / row["backward"] / copied)
     print(f"{start}{row['forward'] * 1000:>12.3f}{shares[0]:>9.1%}{row['backward'] * 1000:>13.3f}{shares[1]:>9.1%}",

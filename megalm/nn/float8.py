@@ -1,8 +1,10 @@
 """Matrix products in float8 (Micikevicius et al. 2022), by torchao: the one seam to it.
 
-A layer's input and weight are rounded to e4m3 and the gradient of its output to e5m2, each with one scale that brings
-its largest number to the end of the format's range and is found anew every time. Products are summed in fp32 and come
-out in the layer's precision; weights, their gradients and whatever is not a product stay as they are.
+A layer's input and weight are rounded to e4m3 and the gradient of its output to e5m2, each with one scale, found anew
+every time: the power of two that brings its largest number nearest to the end of the format's range. (Any other factor
+would let the rounding depend on which rows share a micro-batch, and the curve on the layout.) Products come out in the
+layer's precision; weights, their gradients and whatever is not a product stay as they are. A GPU sums the forward
+product in the tensor cores' own registers, with fewer bits than fp32.
 """
 
 import importlib
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megalm.errors import MegalmError
+from megalm.errors import MegalmError, reason
 
 KEY = "train.fp8"
 
@@ -24,7 +26,7 @@ def require(device: torch.device) -> None:
         _torchao()
     except Exception as error:  # built for another torch, it fails in any way it likes
         raise MegalmError(
-            f"{KEY} needs torchao, which does not import ({error}): pip install 'megalm[fp8]', or leave {KEY} out"
+            f"{KEY} needs torchao, which does not import ({reason(error)}): pip install 'megalm[fp8]', or leave it out"
         ) from None
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise MegalmError(
@@ -36,7 +38,8 @@ def require(device: torch.device) -> None:
 def convert(module: nn.Module, device: torch.device) -> None:
     """Let every linear layer in `module` multiply in float8; its parameters stay the same objects."""
     torchao = _torchao()
-    torchao.convert_to_float8_training(module, config=torchao.Float8LinearConfig(emulate=device.type == "cpu"))
+    how = torchao.Float8LinearConfig(round_scales_to_power_of_2=True, emulate=device.type == "cpu")
+    torchao.convert_to_float8_training(module, config=how)
 
 
 def _torchao() -> Any:

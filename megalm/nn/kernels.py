@@ -342,7 +342,8 @@ _bounds = WeakIdKeyDictionary()
 def segment_bounds(segments: Tensor) -> Tensor:
     """Where segments start in the flattened batch, and its end: [batch, seq] -> [segments + 1], int32.
 
-    On a GPU this waits for the device, because the number of segments is data; once for all blocks.
+    On a GPU this waits for the device, because the number of segments is data; once for all blocks, for which a tensor
+    of segments must not be changed in place.
     """
     if segments not in _bounds:
         _bounds[segments] = _find_bounds(segments)

@@ -35,7 +35,6 @@ OWNED = {
     "tensorboard": "logging.tensorboard",
     "checkpoint": "checkpoint",
     "steps_per_print": "logging.every",
-    "timers": "logging.every",
 }
 """Keys of DeepSpeed's config that megalm decides, and the megalm key that decides them."""
 

@@ -357,7 +357,8 @@ _INSTRUCTIONS = {
 
 
 class _PipelineEngine(Engine):
-    """DeepSpeed's PipelineEngine or DualPipeVEngine: several stages, ZeRO 0 or 1."""
+    """DeepSpeed's PipelineEngine or DualPipeVEngine: several stages, ZeRO 0 or 1. It takes the mean loss after the
+    update, so that whoever asks for it waits for that."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)

@@ -15,11 +15,11 @@ from megalm.checkpoint.saver import Saver
 from megalm.config import dump
 from megalm.data.examples import Rows
 from megalm.data.loader import Loader, held_out_batches, held_out_samples
-from megalm.errors import MegalmError
+from megalm.errors import MegalmError, reason
 from megalm.metrics.meters import format_bytes
 from megalm.models import tuning as tunings
 from megalm.models.decoder import LayerSpec, build_model
-from megalm.nn import float8
+from megalm.nn import cross_entropy, float8
 from megalm.nn.attention import requirements
 from megalm.nn.block import Block
 from megalm.nn.config import Recompute
@@ -184,9 +184,6 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
     devices.require_precision(config.train.precision)
     if config.train.deterministic:
         devices.require_determinism()
-    if config.compiles(device.type):
-        whereabouts.note("trying torch.compile")
-        planned = _without_broken_compiler(planned, device)
     if config.train.fp8:
         float8.require(device)
     groups.start(device)
@@ -204,6 +201,9 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
 
     found, state = joined.decide(begin)
     fitness = preflight.examine(planned, joined, device, whereabouts) if config.run.preflight else None
+    if config.compiles(device.type):
+        whereabouts.note("trying torch.compile")
+        planned = _without_broken_compiler(planned, joined, devices.compiler_problem(device))
     whereabouts.note("predicting the memory of a step")
     planned, recompute, predicted = _with_recompute(planned, joined, device, devices.memory(device))
     config = planned.config
@@ -295,15 +295,23 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
     return run
 
 
-def _without_broken_compiler(planned: Plan, device: torch.device) -> Plan:
-    """The plan; without train.compile `auto` where torch.compile does not work. Raises MegalmError if it was named."""
-    problem = devices.compiler_problem(device)
-    if problem is None:
+def _without_broken_compiler(planned: Plan, joined: Groups, problem: str | None) -> Plan:
+    """The plan; without train.compile `auto` if torch.compile does not work on some rank. problem: of this one. All
+    ranks call it.
+
+    Raises MegalmError on all ranks if train.compile is true.
+    """
+    found = [(rank, why) for rank, why in enumerate(joined.gather(problem)) if why is not None]
+    if not found:
         return planned
+    rank, why = found[0]
     config = planned.config
     if config.train.compile is True:
-        raise MegalmError(f"train.compile does not work here ({problem}), or leave train.compile out")
-    logger.warning("train.compile: auto leaves it out, for it does not work here (%s)", problem)
+        raise MegalmError(
+            f"train.compile does not work on rank {rank} ({why}), or leave train.compile out", echo=joined.rank > 0
+        )
+    if joined.rank == 0:
+        logger.warning("train.compile: auto leaves it out, for it does not work on rank %d (%s)", rank, why)
     without = config.train.model_copy(update={"compile": False})
     return replace(planned, config=config.model_copy(update={"train": without}))
 
@@ -321,7 +329,17 @@ def _with_recompute(
     def choose() -> tuple[Recompute, int | None]:
         attention = resolve(planned.config.model.attention_backend, _needs(planned.config, device))
         model = planned.config.model.model_copy(update={"attention_backend": attention})
-        return choose_recompute(planned.config.model_copy(update={"model": model}), planned.layout.data, least)
+        try:
+            return choose_recompute(planned.config.model_copy(update={"model": model}), planned.layout.data, least)
+        except MegalmError:
+            raise
+        except Exception as error:  # of a torch whose FakeTensorMode does otherwise: other ranks wait for an answer
+            wanted = planned.config.parallel.recompute
+            why = f"the memory of a step could not be predicted ({reason(error)})"
+            if wanted == "auto":
+                raise MegalmError(f"{why}: set parallel.recompute to none, selective or full") from error
+            logger.warning("%s", why)
+            return wanted, None
 
     recompute, predicted = joined.decide(choose)
     said: str = recompute
@@ -390,8 +408,8 @@ def _short_names(paths: list[str]) -> list[str]:
 
 def _require_same_kernels(joined: Groups, facts: dict[str, str]) -> None:
     """Refuse ranks that chose different kernels: their weights would drift apart."""
-    for name in ("attention", "norm", "optimizer"):
-        chosen = joined.gather(facts[name])
+    for name in ("attention", "norm", "loss", "optimizer"):
+        chosen = joined.gather(facts.get(name, "torch"))
         if len(set(chosen)) > 1:
             other = next(rank for rank, choice in enumerate(chosen) if choice != chosen[0])
             raise MegalmError(
@@ -417,6 +435,8 @@ def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dic
     config = planned.config
     optimizer = config.optimizer
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    needs, compiled = _needs(config, device), config.compiles(device.type)
+    attention = resolve(config.model.attention_backend, needs)
     precision = f"{config.train.precision} and fp8" if config.train.fp8 else config.train.precision
     return {
         "model": f"{config.model.num_parameters():,} parameters, vocabulary {config.model.vocab_size:,}",
@@ -426,9 +446,10 @@ def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dic
             f"{planned.accumulation} micro-batches of {config.train.micro_batch_size} per rank"
         ),
         "device": f"{where}, {precision}, ZeRO {config.parallel.zero}",
-        "attention": resolve(config.model.attention_backend, _needs(config, device)),
+        "attention": attention + (", compiled" if compiled and traces(attention, needs) else ""),
         "norm": f"{config.model.norm}, "
-        + ("compiled" if config.compiles(device.type) else resolve_norm(config.model.norm_implementation, device.type)),
+        + ("compiled" if compiled else resolve_norm(config.model.norm_implementation, device.type)),
+        **({"loss": "one kernel for each pass"} if cross_entropy.fused(device) else {}),
         "optimizer": "AdamW, "
         + resolve_implementation(optimizer.implementation, device.type, config.parallel.offload_optimizer),
         **_tuning_facts(config, sizes),

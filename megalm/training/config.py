@@ -280,6 +280,8 @@ class RunConfig(Config):
             "parallel.offload_optimizer": parallel.offload_optimizer,
             "train.deterministic": self.train.deterministic,
             f"tuning.method {self.tuning.method}": self.tuning.adapts,
+            "tuning.head_first_steps": self.tuning.head_first_steps > 0,
+            "rows of several lengths (task.arrangement padded or sorted)": self.task is not None and not self.segmented,
         }
 
     def _uncompiled(self) -> dict[str, bool]:
@@ -287,8 +289,6 @@ class RunConfig(Config):
         model = self.model
         return self._plain_only() | {
             "train.precision fp16": self.train.precision == "fp16",
-            "rows of several lengths (task.arrangement padded or sorted)": self.task is not None and not self.segmented,
-            "tuning.head_first_steps": self.tuning.head_first_steps > 0,
             "model.norm_implementation apex": model.norm_implementation == "apex",
             "model.position alibi": model.position == "alibi",
             "dropout": model.hidden_dropout > 0 or model.attention_dropout > 0,

@@ -117,26 +117,34 @@ def test_what_is_not_proved_is_refused(sections, why):
         run(**sections)
 
 
+@needs_compiler
 def test_a_missing_compiler_is_told_and_auto_does_without(monkeypatch, caplog):
+    """One rank of two has none: both do without."""
+    from types import SimpleNamespace
+
     from megalm.errors import MegalmError
     from megalm.layout import Layout
+    from megalm.parallel import device
     from megalm.training import build
     from megalm.training.plan import Plan
 
     def refuse(function: object) -> object:
         raise RuntimeError("no g++\nmore of it")
 
-    def planned(compile: bool | str) -> Plan:
-        return Plan(run(train={"compile": compile}), Layout(), 1, tokenizer=None, unproved="")
+    def on_rank_0(compile: bool | str, of_rank_1: str | None) -> bool | str:
+        planned = Plan(run(train={"compile": compile}), Layout(), 1, tokenizer=None, unproved="")
+        joined = SimpleNamespace(rank=0, gather=lambda mine: [mine, of_rank_1])
+        return build._without_broken_compiler(planned, joined, None).config.train.compile
 
-    cpu = torch.device("cpu")
-    assert build._without_broken_compiler(planned(True), cpu).config.train.compile is True
+    assert device.compiler_problem(torch.device("cpu")) is None
     monkeypatch.setattr(torch, "compile", refuse)
+    problem = device.compiler_problem(torch.device("cpu"))
+    assert on_rank_0(True, None) is True and on_rank_0("auto", None) == "auto"
     with pytest.raises(
-        MegalmError, match=r"does not work here \(no g\+\+: install g\+\+\), or leave train.compile out"
+        MegalmError, match=r"does not work on rank 1 \(no g\+\+: install g\+\+\), or leave train.compile out"
     ):
-        build._without_broken_compiler(planned(True), cpu)
-    assert build._without_broken_compiler(planned("auto"), cpu).config.train.compile is False
+        on_rank_0(True, problem)
+    assert on_rank_0("auto", problem) is False
     assert "auto leaves it out" in caplog.text
 
 
