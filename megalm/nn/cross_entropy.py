@@ -19,20 +19,23 @@ from megalm.errors import reason
 logger = logging.getLogger(__name__)
 
 
-def _normalizer(logits: Tensor) -> Tensor:
-    """[tokens, vocab] -> [tokens], fp32."""
-    return torch.logsumexp(logits.float(), dim=-1)
+def _normalizer(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """[tokens, vocab] -> the largest logit and what the log-normaliser is above it: both [tokens], fp32. Apart, since
+    fp32 has few digits left for probabilities once large numbers are added up."""
+    wide = logits.float()
+    top = wide.amax(dim=-1)
+    return top, torch.exp(wide - top[:, None]).sum(dim=-1).log()
 
 
-def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p(label), and the log-normaliser: both [tokens], fp32."""
-    normalizer = _normalizer(logits)
-    return normalizer - logits.gather(1, labels[:, None])[:, 0].float(), normalizer
+def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-log p(label), and the normaliser's two parts: all [tokens], fp32."""
+    top, above = _normalizer(logits)
+    return top - logits.gather(1, labels[:, None])[:, 0].float() + above, top, above
 
 
-def _gradient(logits: Tensor, normalizer: Tensor, labels: Tensor | None, gradient: Tensor) -> Tensor:
+def _gradient(logits: Tensor, top: Tensor, above: Tensor, labels: Tensor | None, gradient: Tensor) -> Tensor:
     """(probabilities - one_hot(label)) x gradient, or without labels probabilities x gradient, in logits' dtype."""
-    chances = torch.exp(logits.float() - normalizer[:, None])
+    chances = torch.exp(logits.float() - top[:, None] - above[:, None])
     if labels is not None:
         chances = chances - (torch.arange(logits.shape[1], device=logits.device) == labels[:, None])
     return (chances * gradient[:, None]).to(logits.dtype)
@@ -41,8 +44,8 @@ def _gradient(logits: Tensor, normalizer: Tensor, labels: Tensor | None, gradien
 class _Kernels(NamedTuple):
     """The three functions above, each as one kernel."""
 
-    normalizer: Callable[..., Tensor]
-    losses: Callable[..., tuple[Tensor, Tensor]]
+    normalizer: Callable[..., tuple[Tensor, Tensor]]
+    losses: Callable[..., tuple[Tensor, Tensor, Tensor]]
     gradient: Callable[..., Tensor]
 
 
@@ -72,8 +75,8 @@ def _problem(device: torch.device) -> str:
 
     @torch.compile
     def ours() -> tuple[Tensor, Tensor]:
-        losses, normalizer = _losses(logits, labels)
-        return losses, _gradient(logits, normalizer, labels, weights)
+        losses, top, above = _losses(logits, labels)
+        return losses, _gradient(logits, top, above, labels, weights)
 
     def torchs(logits: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, reduction="none")
@@ -106,9 +109,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor) -> Tensor:
         if kernels := _kernels(logits.device):
-            losses, normalizer = kernels.losses(logits, labels)
-            ctx.save_for_backward(logits, labels, normalizer)
+            losses, top, above = kernels.losses(logits, labels)
+            ctx.save_for_backward(logits, labels, top, above)
             return losses
+        # torch's own functions take a CPU half the time of those above.
         ctx.save_for_backward(logits, labels)
         chunks = [F.cross_entropy(logits[rows].float(), labels[rows], reduction="none") for rows in _chunks(logits)]
         return torch.cat(chunks)
@@ -118,8 +122,9 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         """d loss / d logits = probabilities - one_hot(label), of every row."""
         logits, labels, *normalizer = ctx.saved_tensors
-        if kernels := _kernels(logits.device):
-            return kernels.gradient(logits, *normalizer, labels, gradient), None
+        if normalizer:
+            top, above = normalizer
+            return gradient_of(logits, top, above, labels, gradient), None
         logits_gradient = torch.empty_like(logits)
         for rows in _chunks(logits):
             chunk = logits[rows].float().softmax(dim=-1)
@@ -132,25 +137,48 @@ class _CrossEntropy(torch.autograd.Function):
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, logits: Tensor) -> Tensor:
-        if kernels := _kernels(logits.device):
-            normalizer = kernels.normalizer(logits)
-        else:
-            normalizer = torch.cat([_normalizer(logits[rows]) for rows in _chunks(logits)])
-        ctx.save_for_backward(logits, normalizer)
-        return normalizer
+        top, above = normalizer_of(logits)
+        ctx.save_for_backward(logits, top, above)
+        return top + above
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        logits, normalizer = ctx.saved_tensors
-        if kernels := _kernels(logits.device):
-            return kernels.gradient(logits, normalizer, None, gradient)
-        logits_gradient = torch.empty_like(logits)
-        for rows in _chunks(logits):
-            chunk = logits[rows].float().sub_(normalizer[rows, None]).exp_()
-            logits_gradient[rows] = chunk.mul_(gradient[rows, None])
-            del chunk
-        return logits_gradient
+        logits, top, above = ctx.saved_tensors
+        return gradient_of(logits, top, above, None, gradient)
+
+
+def normalizer_of(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of these columns and what their log-normaliser is above it, which autograd does not see:
+    [tokens, columns] -> two [tokens], fp32."""
+    if kernels := _kernels(logits.device):
+        return kernels.normalizer(logits)
+    tops, aboves = zip(*(_normalizer(logits[rows]) for rows in _chunks(logits)))
+    return torch.cat(tops), torch.cat(aboves)
+
+
+def gradient_of(logits: Tensor, top: Tensor, above: Tensor, labels: Tensor | None, gradient: Tensor) -> Tensor:
+    """(exp(logits - normaliser) - one_hot(label)) x gradient, in logits' dtype; without labels, without the one-hot.
+
+    logits [tokens, columns], a part of the vocabulary or all of it; the others [tokens]. The normaliser is top + above.
+    A label that is no column has no one.
+    """
+    if kernels := _kernels(logits.device):
+        return kernels.gradient(logits, top, above, labels, gradient)
+    logits_gradient = torch.empty_like(logits)
+    for rows in _chunks(logits):
+        chunk = logits[rows].float().sub(top[rows, None]).sub_(above[rows, None]).exp_()
+        if labels is not None:
+            column, mine = here(labels[rows], logits.shape[1])
+            chunk.scatter_add_(1, column[:, None], -mine[:, None].to(chunk.dtype))
+        logits_gradient[rows] = chunk.mul_(gradient[rows, None])
+        del chunk  # before the next one
+    return logits_gradient
+
+
+def here(labels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """A column for every label, and whether it is the label's own."""
+    return labels.clamp(0, columns - 1), (labels >= 0) & (labels < columns)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

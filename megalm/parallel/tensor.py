@@ -21,10 +21,11 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
-    vocab_parallel_cross_entropy,
 )
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
+from megalm.nn import cross_entropy
 from megalm.nn.init import Spec, declare
 from megalm.nn.layers import Layers
 
@@ -163,13 +164,52 @@ class TensorParallelLayers(Layers):
         return gather_from_tensor_model_parallel_region(logits, group=self.group)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        # megatron-core works in place on fp32 logits; whoever else needs them must keep them.
-        logits = logits.clone() if logits.dtype == torch.float32 else logits.float()
-        return vocab_parallel_cross_entropy(logits[:, None], labels[:, None])[:, 0]
+        return _CrossEntropy.apply(logits, labels, self.group)
 
     def logsumexp(self, logits: Tensor) -> Tensor:
-        logits = logits.float()
-        top = logits.detach().amax(dim=-1)
-        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
-        mass = torch.exp(logits - top[:, None]).sum(dim=-1)
-        return torch.log(reduce_from_tensor_model_parallel_region(mass, group=self.group)) + top
+        return _LogSumExp.apply(logits, self.group)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross entropy over columns that are cut over ranks (Shoeybi et al. 2019, section 3). megatron-core's holds the
+    logits in fp32; this one only ever holds what the model computed, as nn.cross_entropy does."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+        labels = labels - dist.get_rank(group) * logits.shape[1]
+        column, mine = cross_entropy.here(labels, logits.shape[1])
+        label_logits = logits.gather(1, column[:, None])[:, 0].float().masked_fill_(~mine, 0.0)
+        dist.all_reduce(label_logits, group=group)
+        top, above = _whole_normalizer(logits, group)
+        ctx.save_for_backward(logits, labels, top, above)
+        return top - label_logits + above
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        logits, labels, top, above = ctx.saved_tensors
+        return cross_entropy.gradient_of(logits, top, above, labels, gradient), None, None
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+        top, above = _whole_normalizer(logits, group)
+        ctx.save_for_backward(logits, top, above)
+        return top + above
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        logits, top, above = ctx.saved_tensors
+        return cross_entropy.gradient_of(logits, top, above, None, gradient), None
+
+
+def _whole_normalizer(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """nn.cross_entropy.normalizer_of() all ranks' columns."""
+    own, above = cross_entropy.normalizer_of(logits)
+    top = own.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    mass = torch.exp(own - top + above)
+    dist.all_reduce(mass, group=group)
+    return top, mass.log_()

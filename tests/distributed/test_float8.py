@@ -1,5 +1,6 @@
 """train.fp8: products of float8 where they are asked for, and a curve beside bf16's."""
 
+import math
 from typing import Any
 
 import pytest
@@ -24,8 +25,8 @@ def run(fp8: bool = True, **sections: dict[str, Any]) -> RunConfig:
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in fp64 as a number of `dtype` times a scale that takes the largest to the end of its range."""
-    scale = torch.finfo(dtype).max / x.double().abs().max()
+    """x in fp64 as a number of `dtype` over the power of two that takes the largest nearest to the end of its range."""
+    scale = 2.0 ** math.floor(math.log2(torch.finfo(dtype).max / x.double().abs().max().item()))
     return (x.double() * scale).to(torch.float32).to(dtype).double() / scale
 
 

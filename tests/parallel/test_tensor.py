@@ -278,6 +278,25 @@ def test_the_loss_leaves_fp32_logits_as_they_were() -> None:
     assert all(run_ranks(2, _loss_keeps_its_logits))
 
 
+def _saved_by_the_loss() -> list[tuple[torch.dtype, int]]:
+    from torch.autograd.graph import saved_tensors_hooks
+
+    from megalm.parallel.tensor import TensorParallelLayers
+
+    joined = join(config(parallel={"tensor": 2}))
+    layers = TensorParallelLayers(joined.tensor_group, sequence_parallel=False)
+    logits = random("x", TOKENS, ROWS // 2).bfloat16().requires_grad_()
+    kept: list[Tensor] = []
+    with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        layers.cross_entropy(logits, LABELS) + layers.logsumexp(logits)
+    return [(x.dtype, x.dim()) for x in kept]
+
+
+def test_no_logits_are_kept_in_fp32() -> None:
+    for kept in run_ranks(2, _saved_by_the_loss):
+        assert (torch.bfloat16, 2) in kept and (torch.float32, 2) not in kept
+
+
 def _marks() -> dict[str, bool]:
     from megalm.parallel.tensor import TensorParallelLayers
 

@@ -153,7 +153,7 @@ def test_auto_takes_the_least_recomputation_that_fits() -> None:
     mib = memory_for(full) / 2**20
     assert str(refused.value) == (
         f"a step is predicted to take {full / 2**20:.0f} MiB even with parallel.recompute full, and of the {mib:.0f} "
-        "MiB that a GPU here has 92% may be filled: lower train.micro_batch_size, start more ranks, or cut the model "
+        "MiB that a GPU here has 90% may be filled: lower train.micro_batch_size, start more ranks, or cut the model "
         "over ranks with parallel.tensor and parallel.recompute full"
     )
     with pytest.raises(MegalmError, match="may be filled: start more ranks"):

@@ -359,3 +359,28 @@ def test_whatever_auto_may_choose_is_proved(
     monkeypatch.setattr("megalm.training.plan.proved", lambda: without)
     message = refusal(auto, 2, tmp_path)
     assert "parallel.recompute full" in message and "is not proved to train the model" in message
+
+
+def test_a_run_keeps_its_float8_for_life(settings: Settings) -> None:
+    """Checkpoints of versions without the key were trained without float8."""
+    from types import SimpleNamespace
+
+    from megalm.training import resume
+
+    def check(then: bool | None, now: bool, **keys: Any) -> None:
+        tree = settings(**keys)
+        tree["train"] |= {"precision": "bf16", "fp8": now}
+        planned = plan(RunConfig.model_validate(tree | {"parallel": {"zero": 1}}), 1)
+        before = planned.config.model_dump()
+        if then is None:
+            del before["train"]["fp8"]
+        else:
+            before["train"]["fp8"] = then
+        resume.check(SimpleNamespace(config=before), planned, "step-8")
+
+    for then, now in ((None, False), (False, False), (True, True)):
+        check(then, now)
+    for then, now in ((None, True), (False, True), (True, False)):
+        with pytest.raises(MegalmError, match=f"train.fp8={bool(then)} and the config says {now}: the curve would be"):
+            check(then, now)
+        check(then, now, checkpoint={"allow_changes": ["train.fp8"]})
