@@ -135,7 +135,9 @@ def test_folders_load_without_a_word(version: str, exported: Path) -> None:
         text=True,
         env=os.environ | {"PYTHONPATH": version},
     )
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    # torchao, which transformers imports where it finds it, speaks of what it has for other torches and GPUs.
+    words = [line for line in done.stderr.splitlines() if "torchao" not in line and "_pytree" not in line]
+    assert (done.returncode, words) == (0, []), done.stderr
     if version:
         assert done.stdout.strip() != transformers.__version__
 

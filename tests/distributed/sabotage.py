@@ -97,12 +97,17 @@ def a_repeated_sample() -> None:
 
 def a_loss_of_one_rank() -> None:
     """Each rank reports its own."""
-    engine._ZeroEngine._mean = lambda self, total, count: total.item() / count  # type: ignore[method-assign]
+    engine._ZeroEngine._mean = lambda self, total, count: lambda: total.item() / count  # type: ignore[method-assign]
 
 
 def a_misreported_loss() -> None:
     right = engine._ZeroEngine._mean
-    engine._ZeroEngine._mean = lambda *args: right(*args) * 1.00001  # type: ignore[method-assign]
+
+    def mean(self, total: Tensor, count: int):  # type: ignore[no-untyped-def]
+        loss = right(self, total, count)
+        return lambda: loss() * 1.00001
+
+    engine._ZeroEngine._mean = mean  # type: ignore[method-assign]
 
 
 def no_reduction_of_adapters() -> None:
