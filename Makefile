@@ -95,8 +95,9 @@ demo-sft: setup ## fine-tune the demo's model to classify and to chat, beside ba
 
 test test-gpu test-matrix test-slurm: export OMP_NUM_THREADS ?= 1
 
+# Two at a time: most tests are of one process, and those of many ranks fill two cores as they are.
 test: setup ## run every test this machine can run
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup ## run the tests that need a CUDA device
 	$(PYTHON) -m pytest -m gpu

@@ -1,6 +1,7 @@
 """What a step's memory is predicted to be, what is measured, and what a run does about it. No GPU."""
 
 import gc
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -37,7 +38,8 @@ def run(recompute: str = "none", **sections: dict[str, Any]) -> RunConfig:
 
 
 def step_memory(config: RunConfig) -> tuple[int, int]:
-    """On a rank: bytes of all tensors between two steps, and the most that the next step holds beside them."""
+    """On a rank: bytes of all tensors between two steps, and the most that a step holds beside them: the least of three
+    steps, since gloo's own thread may be late to free what it has summed."""
     from megalm.training.build import build_engine
 
     joined = join(config)
@@ -46,15 +48,17 @@ def step_memory(config: RunConfig) -> tuple[int, int]:
         engine.step(micro_batches(step, config, joined.data_rank, joined.layout), 1e-3)
     live = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
     between = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in live}.values())
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        engine.step(micro_batches(2, config, joined.data_rank, joined.layout), 1e-3)
-    held = most = 0
-    assert profiler.profiler is not None
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return between, most
+    del live
+
+    def most(step: int) -> int:
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            engine.step(micro_batches(step, config, joined.data_rank, joined.layout), 1e-3)
+        assert profiler.profiler is not None
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = [0, *itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda event: event.start_ns()))]
+        return max(held)
+
+    return between, min(most(step) for step in range(2, 5))
 
 
 def states(memory: Memory) -> int:
