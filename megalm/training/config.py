@@ -48,7 +48,7 @@ class TrainSection(Config):
     deterministic: bool = False
     """On a GPU, only kernels that give the same bits in every run, at some speed, so that a run resumes bitwise. A
     CPU's always do."""
-    compile: bool | Literal["auto"] = "auto"
+    compile: Literal[True, False, "auto"] = "auto"
     """Let torch.compile fuse what stands around the matrix products of each block: norms, rotation, activation, sums.
     It needs parallel.tensor 1, parallel.pipeline 1, parallel.zero 0 to 2, fp32 or bf16, rows of one length, no adapters
     and no dropout, and takes about half a minute at the first step. `auto`: on a GPU, where all that holds."""
