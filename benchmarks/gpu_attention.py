@@ -15,7 +15,7 @@ import statistics
 from typing import Any
 
 import torch
-from gpu_measure import Results, choose_device, introduce, matmul_rate, parser, time_calls, timing
+from gpu_measure import Results, choose_device, introduce, kernel_parser, matmul_rate, time_calls, timing
 from torch import Tensor
 
 from megalm.errors import main_guard, reason
@@ -51,11 +51,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    made = parser(__doc__, "attention")
-    made.add_argument("--preset", choices=("tiny", "full"), default="full", help="tiny: for a CPU")
-    made.add_argument("--repeats", type=int, default=10, help="timed calls of each (default: %(default)s)")
-    made.add_argument("--quick", action="store_true", help="2k and 16k only, 5 calls")
-    given = made.parse_args()
+    given = kernel_parser(__doc__, "attention", quick="2k and 16k only, 5 calls").parse_args()
     given.tokens, given.length = TOKENS, [2048, 4096, 8192, 16384]
     if given.quick:
         given.length, given.repeats = [2048, 16384], 5

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_measure import Results, choose_device, introduce, parser, time_calls
+from gpu_measure import Results, choose_device, introduce, kernel_parser, time_calls
 from torch import Tensor
 
 from megalm.errors import main_guard, reason
@@ -51,11 +51,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    made = parser(__doc__, "cross_entropy")
-    made.add_argument("--preset", choices=("tiny", "full"), default="full", help="tiny: for a CPU")
-    made.add_argument("--repeats", type=int, default=10, help="timed calls of each (default: %(default)s)")
-    made.add_argument("--quick", action="store_true", help="5 calls")
-    given = made.parse_args()
+    given = kernel_parser(__doc__, "cross_entropy", quick="5 calls").parse_args()
     given.repeats = 5 if given.quick else given.repeats
     return given
 

@@ -257,6 +257,15 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     return made
 
 
+def kernel_parser(doc: str | None, name: str, quick: str) -> argparse.ArgumentParser:
+    """parser() of a benchmark that times single kernels. quick: what --quick does."""
+    made = parser(doc, name)
+    made.add_argument("--preset", choices=("tiny", "full"), default="full", help="tiny: for a CPU")
+    made.add_argument("--repeats", type=int, default=10, help="timed calls of each (default: %(default)s)")
+    made.add_argument("--quick", action="store_true", help=quick)
+    return made
+
+
 def choose_device(wanted: str) -> torch.device:
     """Must be called before DeepSpeed is imported."""
     return devices.local(devices.choose(wanted))  # type: ignore[arg-type]

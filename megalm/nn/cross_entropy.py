@@ -18,6 +18,9 @@ from megalm.errors import reason
 
 logger = logging.getLogger(__name__)
 
+Normalizer = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""As normalizer_of()."""
+
 
 def _normalizer(logits: Tensor) -> tuple[Tensor, Tensor]:
     """[tokens, vocab] -> the largest logit and what the log-normaliser is above it: both [tokens], fp32. Apart, since
@@ -136,16 +139,16 @@ class _CrossEntropy(torch.autograd.Function):
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor) -> Tensor:
-        top, above = normalizer_of(logits)
+    def forward(ctx: FunctionCtx, logits: Tensor, normalizer: Normalizer) -> Tensor:
+        top, above = normalizer(logits)
         ctx.save_for_backward(logits, top, above)
         return top + above
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         logits, top, above = ctx.saved_tensors
-        return gradient_of(logits, top, above, None, gradient)
+        return gradient_of(logits, top, above, None, gradient), None
 
 
 def normalizer_of(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,6 +189,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return _CrossEntropy.apply(logits, labels)
 
 
-def logsumexp(logits: Tensor) -> Tensor:
-    """Log-normaliser of every token: [tokens, vocab] -> [tokens], computed in fp32."""
-    return _LogSumExp.apply(logits)
+def logsumexp(logits: Tensor, normalizer: Normalizer = normalizer_of) -> Tensor:
+    """Log-normaliser of every token: [tokens, vocab] -> [tokens], computed in fp32. normalizer: finds it, also where
+    there are more columns than these."""
+    return _LogSumExp.apply(logits, normalizer)

@@ -6,6 +6,7 @@ are cut along the flattened tokens, [tokens / T, hidden], between the sub-layers
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -167,7 +168,7 @@ class TensorParallelLayers(Layers):
         return _CrossEntropy.apply(logits, labels, self.group)
 
     def logsumexp(self, logits: Tensor) -> Tensor:
-        return _LogSumExp.apply(logits, self.group)
+        return cross_entropy.logsumexp(logits, partial(_whole_normalizer, group=self.group))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -189,20 +190,6 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         logits, labels, top, above = ctx.saved_tensors
         return cross_entropy.gradient_of(logits, top, above, labels, gradient), None, None
-
-
-class _LogSumExp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-        top, above = _whole_normalizer(logits, group)
-        ctx.save_for_backward(logits, top, above)
-        return top + above
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        logits, top, above = ctx.saved_tensors
-        return cross_entropy.gradient_of(logits, top, above, None, gradient), None
 
 
 def _whole_normalizer(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

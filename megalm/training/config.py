@@ -204,13 +204,12 @@ class RunConfig(Config):
                 f"parallel.zero 0 with train.precision {train.precision} would accumulate gradients in "
                 f"{train.precision}: set parallel.zero to 1, which keeps fp32 ones"
             )
-        for key, on, reasons in (
+        for key, on, why in (
             ("compile", train.compile is True, self._uncompiled()),
             ("fp8", train.fp8, self._not_in_float8()),
         ):
-            if on and any(reasons.values()):
-                what = next(what for what, holds in reasons.items() if holds)
-                raise ValueError(f"train.{key} is not proved with {what}: change that, or leave train.{key} out")
+            if on and why:
+                raise ValueError(f"train.{key} is not proved with {why}: change that, or leave train.{key} out")
         if parallel.recompute == "auto" and (why := self.unpredicted()):
             raise ValueError(
                 f"parallel.recompute auto goes by a step's predicted memory, and none is predicted with {why}: set "
@@ -262,12 +261,12 @@ class RunConfig(Config):
             f"tuning.method {tuning.method}": tuning.adapts,
             "tuning.freeze": bool(tuning.freeze),
         }
-        return next((what for what, holds in reasons.items() if holds), "")
+        return _first(reasons)
 
     def compiles(self, device: str) -> bool:
         """Whether blocks are compiled on a `cpu` or `cuda` device."""
         if self.train.compile == "auto":
-            return device == "cuda" and not any(self._uncompiled().values())
+            return device == "cuda" and not self._uncompiled()
         return self.train.compile
 
     def _plain_only(self) -> dict[str, bool]:
@@ -284,18 +283,19 @@ class RunConfig(Config):
             "rows of several lengths (task.arrangement padded or sorted)": self.task is not None and not self.segmented,
         }
 
-    def _uncompiled(self) -> dict[str, bool]:
-        """What keeps train.compile from being used, and whether it holds."""
+    def _uncompiled(self) -> str:
+        """What keeps train.compile from being used; empty if nothing does."""
         model = self.model
-        return self._plain_only() | {
+        reasons = {
             "train.precision fp16": self.train.precision == "fp16",
             "model.norm_implementation apex": model.norm_implementation == "apex",
             "model.position alibi": model.position == "alibi",
             "dropout": model.hidden_dropout > 0 or model.attention_dropout > 0,
         }
+        return _first(self._plain_only() | reasons)
 
-    def _not_in_float8(self) -> dict[str, bool]:
-        """What keeps train.fp8 from being used, and whether it holds."""
+    def _not_in_float8(self) -> str:
+        """What keeps train.fp8 from being used; empty if nothing does."""
         model, train = self.model, self.train
         sizes = {
             "model.hidden_size": model.hidden_size,
@@ -304,8 +304,11 @@ class RunConfig(Config):
             "model.intermediate_size": model.feed_forward_width,
             "train.micro_batch_size x train.sequence_length": train.micro_batch_size * train.sequence_length,
         }
-        return (
-            self._plain_only()
-            | {f"train.precision {train.precision}": train.precision != "bf16"}
-            | {f"{name} {size} (no multiple of 16)": bool(size % 16) for name, size in sizes.items()}
-        )
+        reasons = {f"train.precision {train.precision}": train.precision != "bf16"}
+        reasons |= {f"{name} {size} (no multiple of 16)": bool(size % 16) for name, size in sizes.items()}
+        return _first(self._plain_only() | reasons)
+
+
+def _first(reasons: dict[str, bool]) -> str:
+    """The first that holds; empty if none does."""
+    return next((what for what, holds in reasons.items() if holds), "")
