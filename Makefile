@@ -102,7 +102,7 @@ test: setup ## run every test this machine can run
 test-gpu: setup ## run the tests that need a CUDA device
 	$(PYTHON) -m pytest -m gpu
 
-benchmark-gpu: setup ## test the kernels of a CUDA device, then measure it, into runs/gpu (a quarter of an hour)
+benchmark-gpu: setup ## test and measure megalm on a CUDA device, into runs/gpu (20 minutes)
 	PYTHON=$(PYTHON) benchmarks/gpu.sh
 
 test-matrix: setup ## hold every layout against one process, and write what is proved (two hours on two cores)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All that a machine with a GPU can say of megalm, into one folder: the kernels' tests, then the benchmarks.
+# All that a machine with a GPU can say of megalm, into one folder: the kernels' tests, the benchmarks, whole runs.
 #
-#   benchmarks/gpu.sh [PART ...]     of: tests loss attention training peers (default: all, in this order)
+#   benchmarks/gpu.sh [PART ...]     of: tests loss training peers attention runs (default: all, in this order)
 #
 # OUT      folder of the results (default: runs/gpu): NAME.log as printed, NAME.jsonl as JSON lines
 # MINUTES  of the training benchmark, and of the comparison (default: 8 and 3)
@@ -33,10 +33,10 @@ run() {
 }
 
 failed=0
-for part in "${@:-tests loss attention training peers}"; do
+for part in "${@:-tests loss training peers attention runs}"; do
   for name in $part; do
     case $name in
-      tests) run tests "$python" -m pytest -q -m gpu tests/gpu/test_kernels.py ;;
+      tests) run tests "$python" -m pytest -q -m gpu -n 6 tests/gpu/test_kernels.py ;;
       loss) run loss "$python" benchmarks/gpu_cross_entropy.py --output "$out/loss.jsonl" "${options[@]}" ;;
       attention) run attention "$python" benchmarks/gpu_attention.py --output "$out/attention.jsonl" "${options[@]}" ;;
       training)
@@ -46,8 +46,9 @@ for part in "${@:-tests loss attention training peers}"; do
       peers)
         run peers "$python" benchmarks/gpu_peers.py --output "$out/peers.jsonl" --minutes "${MINUTES:-3}" "${options[@]}"
         ;;
+      runs) run runs "$python" -m pytest -q -m gpu -n 3 tests/gpu/test_one_gpu.py ;;
       *)
-        echo "error: $name is no part: name some of tests, loss, attention, training, peers" >&2
+        echo "error: $name is no part: name some of tests, loss, training, peers, attention, runs" >&2
         exit 2
         ;;
     esac

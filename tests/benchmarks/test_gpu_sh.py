@@ -16,13 +16,15 @@ def test_all_parts_by_default(tmp_path: Path) -> None:
     assert run(tmp_path, "echo").returncode == 0
     said = {path.stem: path.read_text().strip() for path in tmp_path.iterdir()}
     assert said == {
-        "tests": "-m pytest -q -m gpu tests/gpu/test_kernels.py",
+        "tests": "-m pytest -q -m gpu -n 6 tests/gpu/test_kernels.py",
+        "runs": "-m pytest -q -m gpu -n 3 tests/gpu/test_one_gpu.py",
         "loss": f"benchmarks/gpu_cross_entropy.py --output {tmp_path}/loss.jsonl --quick",
         "attention": f"benchmarks/gpu_attention.py --output {tmp_path}/attention.jsonl --quick",
         "training": f"benchmarks/gpu_training.py --output {tmp_path}/training.jsonl --minutes 5 --quick",
         "peers": f"benchmarks/gpu_peers.py --output {tmp_path}/peers.jsonl --minutes 5 --quick",
     }
-    assert all((FOLDER.parent / words.split()[0]).is_file() for part, words in said.items() if part != "tests")
+    scripts = [words.split()[0] for words in said.values() if words.startswith("benchmarks")]
+    assert len(scripts) == 4 and all((FOLDER.parent / script).is_file() for script in scripts)
 
 
 def test_one_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:

@@ -82,11 +82,20 @@ def test_the_ladder_names_every_lever() -> None:
 
 
 def test_a_rung_that_trains_another_model_is_wrong() -> None:
-    assert gpu_training.fault([6.2, 6.1], reference=None) == ""
-    assert gpu_training.fault([6.2, 6.1], reference=6.21) == ""
-    assert "the first loss is" in gpu_training.fault([6.2, 6.1], reference=6.3)
-    assert "does not fall" in gpu_training.fault([6.2, 6.2], reference=6.2)
-    assert "does not fall" in gpu_training.fault([float("nan")] * 2, reference=None)
+    assert gpu_training.fault([6.2, 6.1], off=None) == ""
+    assert gpu_training.fault([6.2, 6.1], off=0.002) == ""
+    assert "up to 1.6% from the base's" in gpu_training.fault([6.2, 6.1], off=0.016)
+    assert "from the base's" in gpu_training.fault([6.2, 6.1], off=float("nan"))
+    assert "does not fall" in gpu_training.fault([6.2, 6.2], off=0.0)
+    assert "does not fall" in gpu_training.fault([float("nan")] * 2, off=None)
+
+
+def test_losses_are_compared_at_every_step() -> None:
+    assert gpu_training.difference([6.0, 5.0, 4.0], [6.0, 5.0, 4.0]) == 0
+    assert gpu_training.difference([6.0, 5.1, 4.0], [6.0, 5.0, 4.0]) == pytest.approx(0.02)
+    assert gpu_training.difference([6.0, 5.0, 3.0], [6.0, 5.0, 4.0]) == pytest.approx(0.25)
+    with pytest.raises(ValueError):
+        gpu_training.difference([6.0], [6.0, 5.0])
 
 
 def rungs(until: float, output: Path) -> tuple[int, int]:
@@ -94,8 +103,8 @@ def rungs(until: float, output: Path) -> tuple[int, int]:
     from deepspeed import DeepSpeedEngine
 
     wrong = gpu_training.work(
-        Namespace(device="cpu", output=output, worker="tiny", set=[], rung=["base", "full", "apex"], steps=2, warmup=1,
-                  until=until, profile=True)
+        Namespace(device="cpu", output=output, worker="tiny", set=[], rung=["base", "full", "apex", "fp32"], steps=2,
+                  warmup=1, until=until, profile=True)
     )  # fmt: skip
     gc.collect()
     return wrong, sum(isinstance(each, DeepSpeedEngine) for each in gc.get_objects())
@@ -104,17 +113,22 @@ def rungs(until: float, output: Path) -> tuple[int, int]:
 def test_a_ladder_on_a_cpu(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     assert run_ranks(1, rungs, float("inf"), output) == [(0, 0)]
-    facts, base, apex, full = [json.loads(line) for line in output.read_text().splitlines()]
+    facts, base, apex, full, fp32 = [json.loads(line) for line in output.read_text().splitlines()]
     assert facts["torch"] == torch.__version__
     assert [base["rung"], apex["rung"], full["rung"]] == ["base", "norm apex, not compiled", "recompute full"]
+    assert fp32["rung"] == "fp32"
     assert "apex" in apex["refused"] and "tokens_per_second" not in apex
-    for row in (base, full):
+    for row in (base, full, fp32):
         assert len(row["losses"]) == 4 and len(row["step_seconds"]) == 2, "the profiled step is not timed"
         assert row["profile"] == {"span": 0.0, "busy": 0.0, "kernels": {}}, "a CPU has no kernels"
         assert row["tokens_per_second"] == row["tokens_per_step"] / row["seconds"]
-        assert row["predicted_total"] == sum(row["predicted_memory"].values())
         assert row["peak_memory"] is None and row["mfu_full"] is None, "a CPU has neither"
-    assert full["losses"][0] == pytest.approx(base["losses"][0], rel=1e-3)
+    for row in (base, full):
+        assert row["predicted_total"] == sum(row["predicted_memory"].values())
+    assert fp32["predicted_total"] is None, "only bf16's memory is predicted"
+    assert base["loss_difference"] == 0
+    assert full["loss_difference"] == gpu_training.difference(full["losses"], base["losses"]) < 1e-3
+    assert 0 < fp32["loss_difference"] < 1e-3
     assert "parallel.recompute=full" in full["settings"]
     assert full["predicted_total"] < base["predicted_total"]
 
@@ -141,4 +155,4 @@ def test_nothing_starts_after_the_time_is_over(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     run_ranks(1, rungs, 1.0, output)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["skipped"] for row in rows[1:]] == ["--minutes are over"] * 3
+    assert [row["skipped"] for row in rows[1:]] == ["--minutes are over"] * 4

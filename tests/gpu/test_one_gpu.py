@@ -80,10 +80,12 @@ def test_the_fastest_attention_trains_the_same_model(settings: Settings, tmp_pat
 
 
 def test_what_is_fast_trains_the_same_model(settings: Settings, tmp_path: Path) -> None:
-    """train.compile auto, the kernels that auto takes, float8 and recomputation to fit: 1 % of the loss in bf16."""
+    """train.compile auto, the kernels that auto takes, float8 and recomputation to fit, and fp32: 1 % of the loss of a
+    plain run in bf16."""
     kernels = {"attention_backend": "auto"}
     kinds: dict[str, dict[str, dict[str, Any]]] = {
         "plain": {},
+        "fp32": {"train": {"precision": "fp32"}},
         "quick": {"train": {"compile": "auto"}, "model": kernels},
         "again": {"train": {"compile": "auto"}, "model": kernels, "parallel": {"recompute": "selective"}},
         "fp8": {"train": {"compile": "auto", "fp8": True}, "model": kernels, "parallel": {"recompute": "auto"}},
@@ -97,10 +99,11 @@ def test_what_is_fast_trains_the_same_model(settings: Settings, tmp_path: Path) 
         said[name] = train(tree, tmp_path)
         curves[name] = [record["loss"] for record in curve(tree)]
     for name, words in said.items():
-        assert bool(re.search(r"^attention .*, compiled$", words, re.MULTILINE)) == (name != "plain"), words
+        compiled = bool(re.search(r"^attention .*, compiled$", words, re.MULTILINE))
+        assert compiled == (name not in ("plain", "fp32")), words
     assert "bf16 and fp8" in said["fp8"] and "predicted at the peak of a step" in said["fp8"]
     assert "at the peak" in said["plain"], "what was predicted is held against what was taken"
-    for name in ("quick", "again", "fp8"):
+    for name in kinds.keys() - {"plain"}:
         assert curves[name] == pytest.approx(curves["plain"], rel=1e-2)
         assert curves[name] != curves["plain"]
 
