@@ -12,7 +12,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
-from megatron.core import parallel_state
 
 from megalm.errors import MegalmError
 from megalm.layout import Layout
@@ -156,16 +155,24 @@ def start(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> N
 
 def create(layout: Layout) -> Groups:
     """Build every group of the layout. All ranks call it, once."""
+    rank = dist.get_rank()
+    topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
+    with quiet():
+        grid = PipelineParallelGrid(topology=topology)
+    tensor_group = _megatron_group(layout) if layout.tensor > 1 else grid.get_slice_parallel_group()
+    return Groups(layout, rank, grid, tensor_group)
+
+
+def _megatron_group(layout: Layout) -> dist.ProcessGroup:
+    """This rank's tensor-parallel group, and megatron-core made ready for the layers that use it."""
+    from megatron.core import parallel_state  # which takes as long to import as all else, so only who needs it does
+
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         create_gloo_process_groups=False,
     )
     rank = dist.get_rank()
-    topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
-    with quiet():
-        grid = PipelineParallelGrid(topology=topology)
-    groups = Groups(layout, rank, grid, parallel_state.get_tensor_model_parallel_group())
     ours = layout.coordinates(rank)
     theirs = (
         parallel_state.get_pipeline_model_parallel_rank(),
@@ -173,12 +180,13 @@ def create(layout: Layout) -> Groups:
         parallel_state.get_tensor_model_parallel_rank(),
     )
     assert ours == theirs, f"rank {rank} is {ours} in layout.py but {theirs} in megatron-core"
-    return groups
+    return parallel_state.get_tensor_model_parallel_group()
 
 
 def destroy() -> None:
     """Leave every group, so that the process may build another layout or end without a warning."""
-    parallel_state.destroy_model_parallel()
+    if megatron := sys.modules.get("megatron.core.parallel_state"):
+        megatron.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.stdout.flush()

@@ -77,11 +77,14 @@ def join(device: Literal["auto", "cpu", "cuda"], *, tensor: int = 1, pipeline: i
     layout = _layout(tensor, pipeline)
     here = devices.local(devices.choose(device))
     from megalm.parallel import groups
-    from megalm.parallel.tensor import TensorParallelLayers
 
     groups.start(here)
     joined = groups.create(layout)
-    layers = TensorParallelLayers(joined.tensor_group, sequence_parallel=False) if tensor > 1 else Layers()
+    layers = Layers()
+    if tensor > 1:
+        from megalm.parallel.tensor import TensorParallelLayers
+
+        layers = TensorParallelLayers(joined.tensor_group, sequence_parallel=False)
     return Place(here, layers, Pipe(joined) if pipeline > 1 else None, joined)
 
 

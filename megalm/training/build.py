@@ -35,7 +35,6 @@ from megalm.parallel import device as devices
 from megalm.parallel.engine import Engine
 from megalm.parallel.groups import Groups
 from megalm.parallel.pipeline import pipeline_module
-from megalm.parallel.tensor import TensorParallelLayers
 from megalm.sft.answers import Answers
 from megalm.sft.heads import HeadTask
 from megalm.sft.scoring import Scorer
@@ -78,11 +77,11 @@ def build_engine(
     model, tuning, parallel, train = config.model, config.tuning, config.parallel, config.train
     assert parallel.recompute != "auto", "it is chosen before anything is built"
     joined.decide(lambda: tunings.check(tunings.shapes(model, tuning), tuning, tied=model.is_tied))
-    layers = (
-        TensorParallelLayers(joined.tensor_group, sequence_parallel=parallel.sequence_parallel)
-        if parallel.tensor > 1
-        else Layers()
-    )
+    layers = Layers()
+    if parallel.tensor > 1:
+        from megalm.parallel.tensor import TensorParallelLayers  # with megatron-core, which takes seconds
+
+        layers = TensorParallelLayers(joined.tensor_group, sequence_parallel=parallel.sequence_parallel)
     specs = tunings.tuned_decoder(
         model,
         tuning,

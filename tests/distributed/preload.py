@@ -14,6 +14,7 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401  DeepSpeed
 import deepspeed.runtime.zero.stage3  # noqa: E402, F401
 import megatron.core.tensor_parallel  # noqa: E402, F401
 
+import megalm.parallel.tensor  # noqa: E402, F401
 import megalm.training.build  # noqa: E402, F401
 
 # Ranks collect garbage, DeepSpeed's ZeRO 3 too, and need not go through all that is imported each time.

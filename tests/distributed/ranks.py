@@ -150,9 +150,9 @@ def _leave() -> None:
     """Forget every process group, DeepSpeed's references to them and the engine, as if nothing had been run."""
     if "torch.distributed" in sys.modules:
         import deepspeed
-        from megatron.core import parallel_state
 
         if deepspeed.comm.is_initialized():
-            parallel_state.destroy_model_parallel()
+            if megatron := sys.modules.get("megatron.core.parallel_state"):
+                megatron.destroy_model_parallel()
             deepspeed.comm.destroy_process_group()
     gc.collect()  # an engine and its optimizer hold each other
