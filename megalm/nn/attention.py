@@ -68,6 +68,8 @@ class Attention(nn.Module):
         self.dropout = Dropout(config.attention_dropout, seed, f"{site}.weights")
         self.tables: tuple[Tensor, Tensor] | None = None
         """Rotary ones, in a compiled block."""
+        self.slopes: Tensor | None = None
+        """ALiBi's of this rank's heads, in a compiled block."""
         self.compiled_backend: str | None = None
         """The kernel that torch.compile takes into what it compiles."""
         self.cache: KeyValueCache | None = None
@@ -106,7 +108,7 @@ class Attention(nn.Module):
             query_segments=segment_ids if self.segmented else None,
             key_segments=key_segments if self.segmented else None,
             prefix_lengths=prefix_lengths,
-            slopes=self._slopes(q) if self.position == "alibi" else None,
+            slopes=self._slopes(q.device) if self.position == "alibi" else None,
             dropout=self._attention_dropout(sample_ids),
         )
         if self.recompute and torch.is_grad_enabled():
@@ -162,6 +164,8 @@ class Attention(nn.Module):
         if self.position == "rotary":
             # Each kernel would find sines anew for every head, which takes it longer than to read its numbers.
             self.tables = rotary_tables(self.config.max_position_embeddings, *self._rotary(), device)
+        if self.position == "alibi":
+            self.slopes = self._slopes(device)
         self.compiled_backend = backend
         if backend is None:
             self._attend = torch.compiler.disable(self._attend)  # type: ignore[method-assign]
@@ -185,9 +189,12 @@ class Attention(nn.Module):
         )
         return attention(q, k, v, mask, resolve(self.config.attention_backend, needs))
 
-    def _slopes(self, q: Tensor) -> Tensor:
-        slopes = alibi_slopes(self.config.num_attention_heads, q.device)
-        return slopes[self.first_head : self.first_head + q.shape[2]]
+    def _slopes(self, device: torch.device) -> Tensor:
+        """ALiBi's, of this rank's heads: [heads / T]."""
+        if self.slopes is not None and torch.compiler.is_compiling():
+            return self.slopes
+        heads = self.config.num_attention_heads
+        return alibi_slopes(heads, device)[self.first_head :][: heads // self.layers.tensor_size]
 
     def _attention_dropout(self, sample_ids: Tensor) -> AttentionDropout | None:
         if not self.dropout.active:

@@ -1,10 +1,11 @@
 """Matrix products in float8 (Micikevicius et al. 2022), by torchao: the one seam to it.
 
 A layer's input and weight are rounded to e4m3 and the gradient of its output to e5m2, each with one scale, found anew
-every time: the power of two that brings its largest number nearest to the end of the format's range. (Any other factor
-would let the rounding depend on which rows share a micro-batch, and the curve on the layout.) Products come out in the
-layer's precision; weights, their gradients and whatever is not a product stay as they are. A GPU sums the forward
-product in the tensor cores' own registers, with fewer bits than fp32.
+every time: the power of two that brings its largest number nearest to the end of the format's range. With any other
+factor all rounding would depend on which rows share a micro-batch, and the curve on the layout; with this one only that
+of numbers far below the largest does (by 2^14 or more, for e4m3), which lose bits. Products come out in the layer's
+precision; weights, their gradients and whatever is not a product stay as they are. A GPU sums the forward product in
+the tensor cores' own registers, with fewer bits than fp32.
 """
 
 import importlib

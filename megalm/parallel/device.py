@@ -30,7 +30,7 @@ def choose(wanted: Literal["auto", "cpu", "cuda"]) -> Kind:
         os.environ["DS_ACCELERATOR"] = "cpu"
         # megatron-core asks for the current CUDA device wherever it allocates; this one answer makes its layers,
         # mappings and losses run on the CPU unchanged.
-        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+        torch.cuda.current_device = _cpu  # type: ignore[assignment]
     # What the libraries say, at import and in every step, of packages and names that are their own affair. The
     # broadcasts are a pipeline's exchange of activations, which DeepSpeed differentiates itself.
     warnings.filterwarnings("ignore", message="c10d::broadcast_")
@@ -38,6 +38,11 @@ def choose(wanted: Literal["auto", "cpu", "cuda"]) -> Kind:
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return device
+
+
+def _cpu() -> torch.device:
+    """One function however often a device is chosen: torch.compile knows it by its identity."""
+    return torch.device("cpu")
 
 
 class Stopwatch:

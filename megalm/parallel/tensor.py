@@ -7,6 +7,7 @@ are cut along the flattened tokens, [tokens / T, hidden], between the sub-layers
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,10 @@ class _Row(RowParallelLinear):
     """Adds the bias itself: under sequence parallelism each rank adds it to its own tokens only."""
 
     layers: "TensorParallelLayers"
+
+    def _forward_impl(self, *args: Any, **options: Any) -> Tensor:
+        # megatron-core passes no group and then warns of that, on one rank, where torch.compile would have to stop.
+        return super()._forward_impl(*args, **options | {"tp_group": self.tp_group})
 
     def forward(self, x: Tensor) -> Tensor:
         out, bias = super().forward(x)

@@ -50,8 +50,8 @@ class TrainSection(Config):
     CPU's always do."""
     compile: Literal[True, False, "auto"] = "auto"
     """Let torch.compile fuse what stands around the matrix products of each block: norms, rotation, activation, sums.
-    It needs parallel.tensor 1, parallel.pipeline 1, parallel.zero 0 to 2, fp32 or bf16, rows of one length, no adapters
-    and no dropout, and takes about half a minute at the first step. `auto`: on a GPU, where all that holds."""
+    It needs parallel.zero 0 to 2, fp32 or bf16, rows of one length and no dropout, and takes about half a minute at the
+    first step. `auto`: on a GPU, where all that holds."""
     fp8: bool = False
     """Multiply the matrices of all blocks in float8, by torchao: for models of a billion parameters or more on a GPU of
     compute capability 8.9 or newer, with train.compile; a CPU emulates it. It needs bf16, parallel.tensor 1,
@@ -271,32 +271,26 @@ class RunConfig(Config):
 
     def _plain_only(self) -> dict[str, bool]:
         """What keeps both train.compile and train.fp8 from being used, and whether it holds."""
-        parallel = self.parallel
         return {
-            f"parallel.tensor {parallel.tensor}": parallel.tensor > 1,
-            f"parallel.pipeline {parallel.pipeline}": parallel.pipeline > 1,
-            "parallel.zero 3": parallel.zero == 3,
-            "parallel.offload_optimizer": parallel.offload_optimizer,
+            "parallel.zero 3": self.parallel.zero == 3,
             "train.deterministic": self.train.deterministic,
-            f"tuning.method {self.tuning.method}": self.tuning.adapts,
             "tuning.head_first_steps": self.tuning.head_first_steps > 0,
             "rows of several lengths (task.arrangement padded or sorted)": self.task is not None and not self.segmented,
         }
 
     def _uncompiled(self) -> str:
         """What keeps train.compile from being used; empty if nothing does."""
-        model = self.model
         reasons = {
             "train.precision fp16": self.train.precision == "fp16",
-            "model.norm_implementation apex": model.norm_implementation == "apex",
-            "model.position alibi": model.position == "alibi",
-            "dropout": model.hidden_dropout > 0 or model.attention_dropout > 0,
+            "model.norm_implementation apex": self.model.norm_implementation == "apex",
+            # Each block has keys of its own, and would be compiled by itself.
+            "dropout": self.model.hidden_dropout > 0 or self.model.attention_dropout > 0,
         }
         return _first(self._plain_only() | reasons)
 
     def _not_in_float8(self) -> str:
         """What keeps train.fp8 from being used; empty if nothing does."""
-        model, train = self.model, self.train
+        model, train, parallel = self.model, self.train, self.parallel
         sizes = {
             "model.hidden_size": model.hidden_size,
             "the width of all heads": model.num_attention_heads * model.head_width,
@@ -304,7 +298,13 @@ class RunConfig(Config):
             "model.intermediate_size": model.feed_forward_width,
             "train.micro_batch_size x train.sequence_length": train.micro_batch_size * train.sequence_length,
         }
-        reasons = {f"train.precision {train.precision}": train.precision != "bf16"}
+        reasons = {
+            f"train.precision {train.precision}": train.precision != "bf16",
+            f"parallel.tensor {parallel.tensor}": parallel.tensor > 1,
+            f"parallel.pipeline {parallel.pipeline}": parallel.pipeline > 1,
+            "parallel.offload_optimizer": parallel.offload_optimizer,
+            f"tuning.method {self.tuning.method}": self.tuning.adapts,
+        }
         reasons |= {f"{name} {size} (no multiple of 16)": bool(size % 16) for name, size in sizes.items()}
         return _first(self._plain_only() | reasons)
 

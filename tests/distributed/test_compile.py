@@ -59,15 +59,44 @@ def counted(run: RunConfig) -> tuple[list[tuple[float, float]], int, int]:
             "data": {"sources": [{"path": "unused"}], "tokenizer": "unused", "attend_across_documents": True},
             "tuning": {"freeze": ["blocks.0.*"]},
         },
+        {"model": {"position": "alibi"}, "parallel": {"offload_optimizer": True, "zero": 1}},
+        {"tuning": {"method": "dora", "rank": 4}, "model": {"num_layers": 10}},
     ],
-    ids=["llama", "qk-norm, full recomputation", "gpt2, selective recomputation", "window, yarn, one segment, frozen"],
-)
+    ids=["llama", "qk-norm, full recomputation", "gpt2, selective recomputation", "window, yarn, one segment, frozen",
+         "alibi, offload", "dora in more blocks than torch compiles one by one"],
+)  # fmt: skip
 def test_a_compiled_run_has_the_curve_of_a_plain_one(sections):
-    [(curve, compiled, later)] = run_ranks(1, counted, run(**sections))
-    [plain] = run_ranks(1, engine_curve, run(compile=False, **sections), STEPS)
-    assert compiled > 0, "nothing was compiled"
-    assert later == 0, "a run compiles once"
-    assert curve == [pytest.approx(step, rel=1e-5) for step in plain]
+    assert_same_curve(1, sections)
+
+
+def assert_same_curve(ranks: int, sections: dict[str, Any]) -> None:
+    plain = run_ranks(ranks, engine_curve, run(compile=False, **sections), STEPS)
+    for (curve, compiled, later), expected in zip(run_ranks(ranks, counted, run(**sections)), plain, strict=True):
+        # Where the embedding is frozen, the first block's input has no gradient.
+        assert compiled in ((1, 2) if "tuning" in sections else (1,)), "blocks share what is compiled"
+        assert later == 0, "a run compiles once"
+        assert curve == [pytest.approx(step, rel=1e-5) for step in expected]
+
+
+GPT2 = {"norm": "layernorm", "position": "learned", "activation": "gelu", "attention_bias": True}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("ranks", "sections"),
+    [
+        (2, {"parallel": {"pipeline": 2}}),
+        (2, {"parallel": {"pipeline": 2, "pipeline_schedule": "dualpipev"}}),
+        (2, {"parallel": {"tensor": 2}, "model": GPT2}),
+        (2, {"parallel": {"tensor": 2, "sequence_parallel": True}, "tuning": {"method": "lora", "rank": 4}}),
+        (4, {"parallel": {"tensor": 4, "recompute": "full"}, "model": {"qk_norm": True, "position": "alibi"}}),
+        (4, {"parallel": {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "recompute": "selective"}}),
+    ],
+    ids=["pipeline", "dualpipev", "tensor", "sequence, lora", "more tensor ranks than key heads", "tensor x pipeline"],
+)
+def test_collectives_are_part_of_what_is_compiled(ranks, sections):
+    """One graph for all of a block, also where its parts talk to other ranks."""
+    assert_same_curve(ranks, sections)
 
 
 @needs_compiler
@@ -100,13 +129,9 @@ def test_a_planted_bug_is_seen():
 @pytest.mark.parametrize(
     ("sections", "why"),
     [
-        ({"parallel": {"tensor": 2}}, "parallel.tensor 2"),
-        ({"parallel": {"pipeline": 2}}, "parallel.pipeline 2"),
         ({"parallel": {"zero": 3}}, "parallel.zero 3"),
-        ({"tuning": {"method": "lora"}}, "tuning.method lora"),
         ({"model": {"hidden_dropout": 0.1}}, "dropout"),
         ({"model": {"norm_implementation": "apex"}}, "norm_implementation apex"),
-        ({"model": {"position": "alibi"}}, "position alibi"),
         ({"train": {"precision": "fp16"}}, "precision fp16"),
         ({"train": {"deterministic": True}}, "deterministic"),
         ({"task": {"kind": "chat", "arrangement": "sorted"}}, "several lengths"),
@@ -151,7 +176,8 @@ def test_a_missing_compiler_is_told_and_auto_does_without(monkeypatch, caplog):
 def test_auto_compiles_on_a_gpu_what_is_proved():
     assert run(train={"compile": "auto"}).compiles("cuda")
     assert not run(train={"compile": "auto"}).compiles("cpu")
-    assert not run(train={"compile": "auto"}, parallel={"tensor": 2}).compiles("cuda")
+    assert run(train={"compile": "auto"}, parallel={"tensor": 2, "pipeline": 2}).compiles("cuda")
+    assert not run(train={"compile": "auto"}, parallel={"zero": 3}).compiles("cuda")
     assert not run(train={"compile": "auto"}, model={"hidden_dropout": 0.1}).compiles("cuda")
     assert run().compiles("cpu") and not run(compile=False).compiles("cuda")
 
