@@ -7,7 +7,7 @@ import os
 import sys
 import uuid
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -46,25 +46,38 @@ class JsonlSink:
     """metrics.jsonl, the one true curve of a run.
 
     Records after resumed_step (of steps that were not saved) and a line cut short by a crash are taken out at the
-    start. Each record is on its way to the disk when `write` returns.
+    start. Each record is on its way to the disk when `write` returns; what a full disk did not take follows with the
+    next one.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0):
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._last = 0
+        self._waiting = b""
+        self._file: BinaryIO | None = None
         self._rewind(resumed_step)
 
     def write(self, record: Record) -> None:
+        """Raises OSError if the disk does not take it now."""
+        line = (write_record(record) + "\n").encode()
         if record["step"] <= self._last:
-            self._file.close()
+            self._flush()
             self._rewind(record["step"] - 1)
-        self._file.write(write_record(record) + "\n")
-        self._file.flush()
+        self._waiting += line
         self._last = record["step"]
+        self._flush()
 
     def close(self) -> None:
-        self._file.close()
+        """Raises OSError if the disk does not take what is left."""
+        assert self._file
+        with self._file:
+            self._flush()
+
+    def _flush(self) -> None:
+        assert self._file
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def _rewind(self, step: int) -> None:
         """Keep the records up to `step`; a crash on the way leaves the old file or the new one."""
@@ -72,7 +85,9 @@ class JsonlSink:
         new = self._path.with_name(self._path.name + ".new")
         new.write_text("".join(write_record(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(new, self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        if self._file:
+            self._file.close()
+        self._file = self._path.open("ab", buffering=0)
         self._last = kept[-1]["step"] if kept else 0
 
 

@@ -44,6 +44,8 @@ class ScheduleConfig(Config):
     def _consistent(self) -> "ScheduleConfig":
         if self.kind == "inverse_sqrt" and self.warmup_steps == 0:
             raise ValueError("kind inverse_sqrt falls as sqrt(warmup_steps / step): set warmup_steps above 0")
+        if self.kind != "wsd" and self.decay_steps is not None:
+            raise ValueError(f"decay_steps is of kind wsd, and kind is {self.kind}: set kind to wsd, or leave it out")
         if self.total_steps is not None:
             self.fit(self.total_steps, "total_steps")
         return self

@@ -28,6 +28,10 @@ OWNED = {
     "zero_optimization.mics_shard_size": "parallel.zero",
     "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
     "zero_optimization.offload_param": "parallel.offload_optimizer",  # weights on the host are not proved
+    "zero_optimization.cpu_offload": "parallel.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "parallel.offload_optimizer",
+    "zero_optimization.cpu_offload_use_pin_memory": "parallel.offload_optimizer",
+    "zero_force_ds_cpu_optimizer": "parallel.offload_optimizer",
     "pipeline": "parallel.pipeline_schedule",
     "tensor_parallel": "parallel.tensor",
     "activation_checkpointing": "parallel.recompute",

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.utils import combine_grad_norm_groups
@@ -36,11 +37,13 @@ LossFunction = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
 @dataclass(frozen=True)
 class StepResult:
     """loss: mean over the step's trained tokens, nats. grad_norm: global L2 norm before clipping. applied: whether
-    the optimizer moved. trained_tokens: tokens the loss was taken over, all ranks."""
+    the optimizer moved. overflow: it did not since fp16's gradients were too large for the loss scale, which is lower
+    now. trained_tokens: tokens the loss was taken over, all ranks."""
 
     loss: float
     grad_norm: float
     applied: bool
+    overflow: bool
     trained_tokens: int
 
 
@@ -81,8 +84,12 @@ class StepGuard:
     clips, since DeepSpeed's own counts only the first pipeline stage's unsharded parameters there.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, accept: Callable[[float], bool]):
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, accept: Callable[[float], bool], agree: Callable[[float], float]
+    ):
+        """agree: one norm of those of all ranks, which may differ in their last bit between copies of the model."""
         self.accept = accept
+        self.agree = agree
         self.norm: Callable[[], float] | None = None
         self.clip: Callable[[float], None] | None = None
         self.declined = False
@@ -99,7 +106,7 @@ class StepGuard:
     def _guarded(self, *args: Any, **kwargs: Any) -> Any:
         assert self.norm is not None
         if self._verdict is None:
-            self.seen = self.norm()
+            self.seen = self.agree(self.norm())
             self._verdict = self.accept(self.seen)
             self.declined = not self._verdict
             if self._verdict and self.clip:
@@ -125,6 +132,10 @@ class Engine(ABC):
         self.device = device
         self._guard = guard
         self._clipping = gradient_clipping
+        scaler = getattr(engine.optimizer, "loss_scaler", None)
+        self._scaler = scaler if getattr(scaler, "dynamic", False) else None
+        if self._scaler:
+            self._scaler.raise_error_at_min_scale = False  # in a sentence of its own
         if engine.zero_optimization_stage() == 0:
             guard.norm, guard.clip = self._gradient_norm, self._clip
         else:
@@ -152,11 +163,13 @@ class Engine(ABC):
         self._guard.open()
         self.note("counting the tokens of the step")
         weighted, tokens = self._weigh(micro_batches, len(micro_batches))
+        lower = self._scaler is not None and self._scaler.cur_scale > self._scaler.min_scale
         loss = self._train(weighted)
         # Where the gradients are not finite, DeepSpeed does not call the optimizer.
         norm = float(self.engine.get_global_grad_norm()) if self._guard.seen is None else self._guard.seen
         applied = self.engine.was_step_applied() and not self._guard.declined
-        return StepResult(loss(), norm, applied, int(tokens()))
+        overflow = lower and not math.isfinite(norm)
+        return StepResult(loss(), norm, applied, overflow, int(tokens()))
 
     def own_seconds(self) -> float:
         """What this rank's forward passes took since it was last asked: work that waits for no data-parallel rank."""
@@ -391,6 +404,7 @@ class _PipelineEngine(Engine):
     def _train(self, micro_batches: list[MicroBatch]) -> Callable[[], float]:
         self._begun.clear()
         loss = self.engine.train_batch(iter(micro_batches))
+        self.engine.timers(TRAIN_BATCH_TIMER).reset()  # it would keep the events of every step
         return loss.item
 
     def _forward(self, micro_batches: list[MicroBatch]) -> float:
@@ -488,8 +502,7 @@ def create(
     accept: Callable[[float], bool],
 ) -> Engine:
     """Wrap `module` and `optimizer` in the DeepSpeed engine that the layout asks for. gather: as of LossOrLogits."""
-    # Norms may differ in their last bit between copies of the model; all ranks judge the same one.
-    guard = StepGuard(optimizer, lambda norm: accept(groups.maximum(norm if math.isfinite(norm) else math.inf)))
+    guard = StepGuard(optimizer, accept, lambda norm: groups.maximum(norm if math.isfinite(norm) else math.inf))
     kept = LossOrLogits(loss, gather)
     if _is_pipeline(module):
         module.loss_fn = kept  # type: ignore[assignment]

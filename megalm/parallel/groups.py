@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
-from megalm.errors import MegalmError
+from megalm.errors import MegalmError, reason
 from megalm.layout import Layout
 
 T = TypeVar("T")
@@ -34,6 +34,8 @@ class Groups:
     rank: int
     grid: PipelineParallelGrid
     tensor_group: dist.ProcessGroup
+    host_group: dist.ProcessGroup | None
+    """All ranks, over host memory; None where the default group is that."""
 
     @property
     def stage(self) -> int:
@@ -71,23 +73,26 @@ class Groups:
         return items or []
 
     def decide(self, question: Callable[[], T]) -> T:
-        """Rank 0's answer on every rank, so that none acts on another view of the disk; or its MegalmError on all."""
+        """Rank 0's answer on every rank, so that none acts on another view of the disk; or its error on all, which is a
+        MegalmError on the others."""
         answer: list[Any] = [None, ""]
+        raised = None
         if self.rank == 0:
             try:
                 answer = [question(), ""]
-            except MegalmError as error:
-                answer = [None, str(error)]
+            except Exception as error:
+                raised, answer = error, [None, reason(error)]
         dist.broadcast_object_list(answer, src=0)
+        if raised:
+            raise raised
         if answer[1]:
-            raise MegalmError(answer[1], echo=self.rank > 0)
+            raise MegalmError(answer[1], echo=True)
         return answer[0]
 
     def maximum(self, value: float) -> float:
-        """The largest `value` of any rank, on every rank. No value may be not a number."""
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        tensor = torch.tensor(value, dtype=torch.float64, device=device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        """The largest `value` of any rank, on every rank, without waiting for a GPU. No value may be not a number."""
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
         return tensor.item()
 
     def beside(self) -> "Beside":
@@ -160,7 +165,8 @@ def create(layout: Layout) -> Groups:
     with quiet():
         grid = PipelineParallelGrid(topology=topology)
     tensor_group = _megatron_group(layout) if layout.tensor > 1 else grid.get_slice_parallel_group()
-    return Groups(layout, rank, grid, tensor_group)
+    host_group = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+    return Groups(layout, rank, grid, tensor_group, host_group)
 
 
 def _megatron_group(layout: Layout) -> dist.ProcessGroup:

@@ -30,7 +30,7 @@ from megalm.nn.loss import head_loss
 from megalm.nn.norm import resolve_norm
 from megalm.optim.adamw import MOMENTS, build_optimizer, resolve_implementation
 from megalm.optim.parameters import parameter_groups
-from megalm.parallel import deepspeed_config, engine, groups
+from megalm.parallel import deepspeed_config, engine, groups, pass_through
 from megalm.parallel import device as devices
 from megalm.parallel.engine import Engine
 from megalm.parallel.groups import Groups
@@ -109,6 +109,8 @@ def build_engine(
         + 2 * model.padded_vocab_size() * model.hidden_size // parallel.tensor,
         extra=config.deepspeed,
     )
+    if config.deepspeed:
+        joined.decide(lambda: pass_through.check(settings, joined.grid))
     if parallel.pipeline > 1:
         module: torch.nn.Module = pipeline_module(
             specs, layers, joined, schedule=parallel.pipeline_schedule, seed=seed, loss=loss
@@ -222,9 +224,7 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
     )
     source = None if found else resume.open_start(planned)
     model, train, logging = config.model, config.train, config.logging
-    anomalies = Anomalies(
-        train.on_nan, train.on_spike, train.spike_factor, train.max_anomalies, scaled=train.precision == "fp16"
-    )
+    anomalies = Anomalies(train.on_nan, train.on_spike, train.spike_factor, train.max_anomalies)
     adds = config.tuning.adapts or model.head != "language_model"  # what another model may not have
     filled = found is not None or (source is not None and not adds)
     built, specs = build_engine(config, joined, device, anomalies.accept, draw=not filled)
@@ -411,9 +411,10 @@ def _require_same_kernels(joined: Groups, facts: dict[str, str]) -> None:
         chosen = joined.gather(facts.get(name, "torch"))
         if len(set(chosen)) > 1:
             other = next(rank for rank, choice in enumerate(chosen) if choice != chosen[0])
+            way_out = "" if name == "loss" else ", or name one in the config"
             raise MegalmError(
                 f"rank 0 takes {name} {chosen[0]} and rank {other} takes {chosen[other]}: install the same on all "
-                "machines, or name one in the config",
+                f"machines{way_out}",
                 echo=joined.rank > 0,
             )
 

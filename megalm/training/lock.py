@@ -17,9 +17,15 @@ class Lock:
         self._file: IO[str] | None = None
 
     def acquire(self) -> None:
-        """Raises MegalmError if another process holds it."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a+")
+        """Raises MegalmError if another process holds it, or if the folder cannot be written."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a+")
+        except OSError as error:
+            raise MegalmError(
+                f"{self._path} cannot be written ({error.strerror}): mend its permissions, or choose another "
+                "run.directory"
+            ) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

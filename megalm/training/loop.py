@@ -49,6 +49,7 @@ def train(run: Run) -> int:
                 "tokens": run.tokens,
                 "samples": run.data_state["samples"],
                 "applied": result.applied,
+                "overflow": result.overflow,
                 "seconds": time.perf_counter() - started,
                 "own_seconds": loaded - started + run.engine.own_seconds(),
             }

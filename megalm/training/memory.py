@@ -128,8 +128,11 @@ def _layers(config: RunConfig, recompute: Recompute) -> tuple[list[int], dict[st
         segmented, changes["sliding_window"] = False, None
     model = model.model_copy(update=changes)
     # Its self-check needs numbers; the answer is remembered.
-    resolve(backend, requirements(model, device="cpu", dtype=DTYPE, segmented=segmented,
-                                  sequence_length=train.sequence_length))  # fmt: skip
+    needs = requirements(model, device="cpu", dtype=DTYPE, segmented=segmented, sequence_length=train.sequence_length)
+    try:
+        resolve(backend, needs)
+    except MegalmError as error:  # of this machine's CPU, on which the run may not depend
+        raise RuntimeError(f"attention {backend} does not work on the CPU here") from error
     specs = decoder(model, Layers(), seed=0, segmented=segmented, recompute=recompute)
     with torch.device("meta"):
         whole = build_model(specs, seed=None)

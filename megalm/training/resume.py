@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from megalm.checkpoint.tensors import Reader, Snapshot
 from megalm.convert import start
 from megalm.convert.sources import CheckpointSource, Source
 from megalm.errors import MegalmError
-from megalm.metrics.events import TRAINER, write_event
 from megalm.models import tuning as tunings
 from megalm.models.config import ModelConfig, TuningConfig
 from megalm.parallel.state import WEIGHT, Piece
@@ -161,16 +159,12 @@ def settle(run: Run, *, wait: bool, fatal: bool = False) -> None:
     outcome = run.saver.outcome(wait=wait)
     if isinstance(outcome, Path):
         run.say(f"saved {outcome}")
-        if run.is_main:
-            step = int(outcome.name.removeprefix("step-"))
-            write_event(run.directory / TRAINER, "saved", step=step, blocked=round(run.blocked, 3))
+        run.event("saved", step=int(outcome.name.removeprefix("step-")), blocked=round(run.blocked, 3))
     elif isinstance(outcome, NotWritten):
         if fatal:
             raise outcome
         run.failed_saves += 1
-        if run.is_main:
-            with suppress(OSError):  # the disk may be the very one that is full
-                write_event(run.directory / TRAINER, "not saved", why=outcome.what)
+        run.event("not saved", why=outcome.what)
         newest = checkpoints.newest(directory(run.config)) if run.is_main else None
         run.say(
             f"warning: {outcome.what}; training goes on with {newest or 'no checkpoint'} as the newest one "

@@ -1,6 +1,7 @@
 """A run in progress: what the loop and its callbacks share."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from megalm.checkpoint.saver import Saver
 from megalm.data.loader import Loader
+from megalm.metrics.events import TRAINER, write_event
 from megalm.parallel.engine import Engine, MicroBatch
 from megalm.parallel.groups import Beside, Groups
 from megalm.training.config import RunConfig
@@ -46,7 +48,8 @@ class Run:
     was chosen for this run, for its log. beside: all ranks, for the saver's thread. step: optimizer steps done. tokens:
     trained tokens so far. sample_ids: of this rank's micro-batches in the newest step. stop: an exit code once the run
     should end. blocked: seconds the newest save held up training. failed_saves: checkpoints that could not be
-    written. best: step of the best evaluation so far, whose checkpoint is kept, where evaluate.keep_best says so."""
+    written. full: whether the disk was, when records were written. best: step of the best evaluation so far, whose
+    checkpoint is kept, where evaluate.keep_best says so."""
 
     plan: Plan
     groups: Groups
@@ -67,6 +70,7 @@ class Run:
     stop: int | None = None
     blocked: float = 0.0
     failed_saves: int = 0
+    full: bool = False
     best: int | None = None
 
     @property
@@ -91,6 +95,22 @@ class Run:
         if self.is_main:
             tqdm.write(message)
             sys.stdout.flush()
+
+    def attempt(self, write: Callable[[], object]) -> bool:
+        """Whether `write` could write what there is to tell of the run. A full disk is said once, and ends nothing."""
+        try:
+            write()
+        except OSError as error:
+            if not self.full:
+                self.say(f"warning: records of the run cannot be written ({error}); training goes on: make room")
+            self.full = True
+            return False
+        return True
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Write down what happened, for who reads the run's history (metrics/events.py), on one rank."""
+        if self.is_main:
+            self.attempt(lambda: write_event(self.directory / TRAINER, kind, **facts))
 
     def due(self, every: int) -> bool:
         """Whether something that happens every `every` steps, and at the end, happens now."""

@@ -1,9 +1,11 @@
+import errno
 import io
 import json
 import math
 import struct
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -70,6 +72,30 @@ class TestJsonl:
         assert steps(path) == [1, 2, 3]
         sink.write(record(4))
         assert steps(path) == [1, 2, 3, 4]
+
+    def test_what_a_full_disk_did_not_take_follows_later(self, tmp_path):
+        """Half of a line fits, then nothing, then all."""
+        write(tmp_path / "whole.jsonl", 1, 5)
+        sink = JsonlSink(tmp_path / "metrics.jsonl")
+        sink.write(record(1))
+        file, room = sink._file, [20]
+
+        def full(data: bytes) -> int:
+            if not room[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken = file.write(data[: room[0]])
+            room[0] -= taken
+            return taken
+
+        sink._file = SimpleNamespace(write=full)
+        for step in (2, 3):
+            with pytest.raises(OSError, match="No space"):
+                sink.write(record(step))
+        sink._file = file
+        sink.write(record(4))
+        sink.write(record(5))
+        sink.close()
+        assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
     def test_a_number_that_is_not_finite_is_null(self, tmp_path):
         sink = JsonlSink(tmp_path / "metrics.jsonl")

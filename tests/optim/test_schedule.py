@@ -127,6 +127,7 @@ def test_invariants(case):
             r"warmup_steps 6 \+ decay_steps 5 is more than total_steps 10",
         ),
         ({"kind": "inverse_sqrt"}, "set warmup_steps above 0"),
+        ({"kind": "cosine", "decay_steps": 5}, "decay_steps is of kind wsd, and kind is cosine"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings, message):

@@ -4,9 +4,11 @@ import os
 from typing import Any
 
 import pytest
+import torch
 
 from megalm.parallel.config import ParallelConfig
 from megalm.parallel.deepspeed_config import OWNED, check_pass_through, derive
+from tests.distributed.ranks import run_ranks
 
 
 def derived(precision: str = "fp32", extra: dict[str, Any] | None = None, **parallel: Any) -> dict[str, Any]:
@@ -111,3 +113,31 @@ def test_a_section_that_holds_owned_keys_is_not_replaced_whole(value: Any) -> No
 @pytest.mark.parametrize("key", sorted({key.rpartition(".")[0] for key in OWNED if "." in key}))
 def test_the_other_keys_beside_an_owned_one_are_free(key: str) -> None:
     check_pass_through({key: {"some_other_key": 1}})
+
+
+def _said(extra: dict[str, Any]) -> str:
+    """On a rank: the sentence in which such a config is refused."""
+    from megalm.errors import MegalmError
+    from megalm.training.build import build_engine
+    from tests.distributed.training import config, join
+
+    run = config(deepspeed=extra, parallel={"pipeline": 2})
+    try:
+        build_engine(run, join(run), torch.device("cpu"), lambda norm: True)
+    except MegalmError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({"gradient_cliping": 0.1}, "DeepSpeed has no key gradient_cliping, but gradient_clipping: correct it"),
+        ({"zero_optimization": {"overlap_com": True}}, "DeepSpeedZeroConfig: overlap_com: Extra inputs are not"),
+        ({"wall_clock_breakdown": "perhaps"}, "DeepSpeed does not read its config ("),
+        ({"wall_clock_breakdown": False, "flops_profiler": {"enabled": False}, "aio": {"block_size": 4096}}, ""),
+    ],
+)
+def test_what_deepspeed_does_not_know_is_refused_on_every_rank(extra: dict[str, Any], said: str) -> None:
+    first, second = run_ranks(2, _said, extra)
+    assert first == second and first.startswith(said) and bool(first) == bool(said)

@@ -33,7 +33,7 @@ BYTES = {"web": 4000, "books": 0}
 class StandIn:
     """A run of 100 steps of 16 samples at some step. directory: where it writes, if it does."""
 
-    due = Run.due
+    due, attempt, event, full = Run.due, Run.attempt, Run.event, False
     is_last_step = Run.is_last_step
 
     def __init__(self, step: int = 0, steps: int = 100, directory: Path | None = None) -> None:
@@ -57,16 +57,15 @@ class StandIn:
         return float(len(batches[0])), 1000
 
 
-def policy(
-    on_nan: str = "skip", on_spike: str = "skip", factor: float = 10.0, limit: int = 10, scaled: bool = False
-) -> Anomalies:
-    return Anomalies(on_nan, on_spike, factor, limit, scaled=scaled)
+def policy(on_nan: str = "skip", on_spike: str = "skip", factor: float = 10.0, limit: int = 10) -> Anomalies:
+    return Anomalies(on_nan, on_spike, factor, limit)
 
 
 def step(anomalies: Anomalies, run: StandIn, norm: float, loss: float = 2.0) -> dict[str, Any]:
-    """One step of the loop; its record."""
+    """One step of the loop; its record. The optimizer is not called where the norm is not finite."""
     run.step += 1
-    record = {"step": run.step, "loss": loss, "grad_norm": norm, "applied": anomalies.accept(norm)}
+    applied = math.isfinite(norm) and anomalies.accept(norm)
+    record = {"step": run.step, "loss": loss, "grad_norm": norm, "applied": applied, "overflow": False}
     anomalies.after_step(run, record)  # type: ignore[arg-type]
     return record
 
@@ -133,6 +132,15 @@ def test_a_spike_may_be_ignored() -> None:
     assert not step(judge, run, NAN)["applied"], "what is not finite is another matter"
 
 
+def test_what_was_judged_before_says_nothing_of_a_step_that_is_not_finite() -> None:
+    judge, run = policy(on_nan="stop", on_spike="skip"), StandIn()
+    for norm in [1.0] * 20 + [50.0]:
+        step(judge, run, norm)
+    assert run.stop is None and "a spike" in run.said[-1]
+    step(judge, run, NAN)
+    assert run.stop == ANOMALY and "not finite" in run.said[-1]
+
+
 def test_too_many_anomalies_stop_the_run() -> None:
     judge, run = policy(limit=2), StandIn()
     for _ in range(2):
@@ -143,14 +151,14 @@ def test_too_many_anomalies_stop_the_run() -> None:
 
 
 def test_an_overflow_of_fp16_is_deepspeeds_own_affair() -> None:
-    judge, run = policy(on_nan="stop", scaled=True), StandIn()
+    judge, run = policy(on_nan="stop"), StandIn()
     record = {"loss": 2.0, "grad_norm": math.inf, "applied": False}
-    judge.after_step(run, record)  # type: ignore[arg-type]
-    assert run.stop is None and judge.anomalies == 0 and "anomalies" not in record
-    assert record["overflows"] == 1, "but it is counted"
-    judge = policy(on_nan="stop")
-    judge.after_step(run, record)  # type: ignore[arg-type]
-    assert run.stop == ANOMALY, "in another precision it is not"
+    told = record | {"overflow": True}
+    judge.after_step(run, told)  # type: ignore[arg-type]
+    assert run.stop is None and judge.anomalies == 0
+    assert told == record | {"overflows": 1}, "but it is counted"
+    judge.after_step(run, record | {"overflow": False})  # type: ignore[arg-type]
+    assert run.stop == ANOMALY, "where the loss scale cannot fall any more it is not"
 
 
 def _fp16_run(tree: dict[str, Any]) -> int:
@@ -167,6 +175,27 @@ def test_a_run_in_fp16_goes_past_an_overflow(settings: Callable[..., dict[str, A
     assert [record["applied"] for record in records] == [True, True, False, True, True, True, True, True]
     assert not any("anomalies" in record for record in records)
     assert all(math.isfinite(record["loss"]) for record in records[3:])
+
+
+def _always_nan(run: Any) -> None:
+    for number in range(8):
+        NaNAt(number)(run)
+
+
+def _broken_fp16_run(tree: dict[str, Any]) -> int:
+    sabotage.pretend_fp16()
+    return train_run(tree, _always_nan)
+
+
+@pytest.mark.parametrize("parallel", [{"zero": 1}, {"zero": 3}])
+def test_what_no_loss_scale_mends_is_an_anomaly(
+    settings: Callable[..., dict[str, Any]], parallel: dict[str, Any]
+) -> None:
+    tree = settings(parallel=parallel, deepspeed={"fp16": {"initial_scale_power": 2}})
+    tree["train"]["precision"] = "fp16"
+    assert run_ranks(1, _broken_fp16_run, tree) == [ANOMALY], "scales 4 and 2 are tried, then 1"
+    last = curve(tree)[-1]
+    assert (last["step"], last["overflows"], last["anomalies"]) == (3, 2, 1)
 
 
 def test_a_resumed_policy_judges_as_the_uninterrupted_one() -> None:

@@ -15,6 +15,9 @@ import torch
 from megalm.checkpoint import folder as checkpoints
 from megalm.checkpoint import tensors
 from megalm.errors import MegalmError
+from megalm.metrics import sinks
+from megalm.training import run as runs
+from megalm.training.callbacks import metrics
 from tests.distributed.ranks import run_ranks
 from tests.training.runs import curve, state, train_run
 
@@ -38,6 +41,28 @@ class FullAt:
             return right(snapshot, folder, rank)
 
         tensors.Snapshot.write = full  # type: ignore[method-assign]
+
+
+class NoRecordsAt:
+    """No space left for records, events and pictures at `steps`."""
+
+    def __init__(self, *steps: int):
+        self.steps = steps
+
+    def __call__(self, run: Any) -> None:
+        right = sinks.JsonlSink._flush
+
+        def full(sink: Any) -> None:
+            if run.step in self.steps:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            right(sink)
+
+        def nowhere(*arguments: Any, **facts: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        sinks.JsonlSink._flush = full  # type: ignore[method-assign]
+        metrics.plot_runs = nowhere  # type: ignore[assignment]
+        runs.write_event = nowhere  # type: ignore[assignment]
 
 
 def said_by_all(tree: dict[str, Any], sabotage: Any) -> str:
@@ -128,3 +153,11 @@ def test_a_disk_that_is_really_full(settings: Settings, small_disk: Path, measur
     kept = checkpoints.newest(small_disk / "checkpoints")
     assert kept is not None
     checkpoints.verify(kept, checkpoints.Alone())
+
+
+def test_training_goes_on_without_records_and_writes_them_later(settings: Settings) -> None:
+    tree, whole = settings("full", checkpoint={"every": 2}), settings("whole", checkpoint={"every": 2})
+    assert run_ranks(1, partial(train_run, sabotage=NoRecordsAt(3, 4, 5)), tree) == [0]
+    assert run_ranks(1, train_run, whole) == [0]
+    assert curve(tree) == curve(whole)
+    assert said(tree).count("cannot be written ([Errno 28] No space left on device); training goes on") == 1

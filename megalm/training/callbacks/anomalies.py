@@ -4,7 +4,6 @@ import json
 import math
 from typing import Any
 
-from megalm.metrics.events import TRAINER, write_event
 from megalm.training.resume import roll_back
 from megalm.training.run import ANOMALY, Callback, Run
 
@@ -20,21 +19,18 @@ class Anomalies(Callback):
     A spike is a norm above train.spike_factor times the running mean of the accepted norms, after 20 of them.
     """
 
-    def __init__(self, on_nan: str, on_spike: str, spike_factor: float, max_anomalies: int, *, scaled: bool):
-        """scaled: fp16, where DeepSpeed skips overflowing steps itself while it looks for its loss scale."""
+    def __init__(self, on_nan: str, on_spike: str, spike_factor: float, max_anomalies: int):
         self._actions = {"nan": on_nan, "spike": on_spike}
         self._factor = spike_factor
         self._limit = max_anomalies
-        self._scaled = scaled
         self._mean = 0.0
         self._accepted = 0
-        self._judged: str | None = None
         self.anomalies = 0
         self.overflows = 0
 
     def accept(self, norm: float) -> bool:
         """Whether a step of this global gradient norm may be applied. The same on every rank."""
-        kind = self._judged = self._kind(norm)
+        kind = self._kind(norm)
         if kind and self._actions[kind] != "ignore":
             return False
         if math.isfinite(norm):
@@ -51,8 +47,9 @@ class Anomalies(Callback):
         return None
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
+        overflow = record.pop("overflow")
         if not record["applied"]:
-            if self._scaled and not math.isfinite(record["grad_norm"]):
+            if overflow:  # DeepSpeed looks for the loss scale of fp16
                 self.overflows += 1
             else:
                 self._act(run, record)
@@ -60,7 +57,8 @@ class Anomalies(Callback):
         record |= {name: count for name in ("anomalies", "overflows") if (count := getattr(self, name))}
 
     def _act(self, run: Run, record: dict[str, Any]) -> None:
-        kind = self._judged or "nan"
+        # Which was not asked of a norm that is not finite: DeepSpeed does not call the optimizer then.
+        kind = "spike" if math.isfinite(record["grad_norm"]) else "nan"
         action = self._actions[kind]
         self.anomalies += 1
         what = (
@@ -90,9 +88,14 @@ class Anomalies(Callback):
             return
         facts = {"step": record["step"], "why": kind, "action": action}
         norm = {key: value if math.isfinite(value := record[key]) else None for key in ("loss", "grad_norm")}
-        with (run.directory / SKIPPED).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(facts | norm | {"samples": ids, "passed_over": passed_over}) + "\n")
-        write_event(run.directory / TRAINER, "anomaly", **facts, samples=len(ids), passed_over=passed_over)
+        line = json.dumps(facts | norm | {"samples": ids, "passed_over": passed_over}) + "\n"
+
+        def write() -> None:
+            with (run.directory / SKIPPED).open("a", encoding="utf-8") as file:
+                file.write(line)
+
+        run.attempt(write)
+        run.event("anomaly", **facts, samples=len(ids), passed_over=passed_over)
 
     def state(self) -> dict[str, Any]:
         return {

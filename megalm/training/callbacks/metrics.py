@@ -17,7 +17,8 @@ class Metrics(Callback):
     """Completes the record with rates and memory, and writes it every logging.every steps, on one rank.
 
     A record that says something rare (an evaluation, a step not applied) is written whatever the step; that of a
-    step that was rolled back is not, since the step comes again.
+    step that was rolled back is not, since the step comes again. A full disk costs the picture, not the run, and no
+    record if there is room again before the end.
     """
 
     def __init__(self, config: LoggingConfig, device: torch.device, predicted: int | None = None):
@@ -63,18 +64,17 @@ class Metrics(Callback):
         if run.failed_saves:
             record["failed_saves"] = run.failed_saves
         for sink in self._sinks:
-            sink.write(record)
+            run.attempt(lambda sink=sink: sink.write(record))  # type: ignore[misc]
         self._written = True
         self._seconds, self._tokens = 0.0, run.tokens
         if evaluated:
-            self._draw(run)
+            run.attempt(lambda: self._draw(run))
 
     def on_end(self, run: Run) -> None:
         if self._sinks:
             for sink in self._sinks:
-                sink.close()
-            if self._written:
-                self._draw(run)
+                run.attempt(sink.close)
+            if self._written and run.attempt(lambda: self._draw(run)):
                 run.say(f"curve: {run.directory / 'loss.png'}")
             if self._predicted:
                 peak = format_bytes(self._memory())

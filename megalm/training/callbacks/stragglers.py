@@ -4,7 +4,6 @@ import socket
 from statistics import median, quantiles
 from typing import Any
 
-from megalm.metrics.events import TRAINER, write_event
 from megalm.training.run import Callback, Run
 
 SLOW = 1.5
@@ -35,8 +34,7 @@ class Stragglers(Callback):
         ranks = run.groups.gather(mine)
         if not run.is_main:
             return
-        write_event(
-            run.directory / TRAINER,
+        run.event(
             "ranks",
             step=run.step,
             hosts=[host for host, *_ in ranks],
@@ -48,9 +46,7 @@ class Stragglers(Callback):
             host = ranks[rank][0]
             times = f"its own work takes {ours:.3f} s a step, that of its peers {theirs:.3f} s"
             run.say(f"rank {rank} on {host} is slow: {times}")
-            write_event(
-                run.directory / TRAINER, "slow rank", step=run.step, rank=rank, host=host, seconds=ours, others=theirs
-            )
+            run.event("slow rank", step=run.step, rank=rank, host=host, seconds=ours, others=theirs)
 
 
 def slow(work: list[tuple[int, float]]) -> list[tuple[int, float, float]]:
