@@ -230,11 +230,15 @@ class Supervisor:
         if messages == []:
             return
         self._strangers.remove(wire)
-        hello = messages[0] if messages else {}
-        if not secrets.compare_digest(str(hello.get("token", "")), self._token):
-            wire.close()
-            return
-        self._nodes[hello["hello"]] = Node(hello["hello"], wire, hello["port"], time.monotonic())
+        match messages:
+            case [{"hello": str(name), "port": int(port), "token": str(token)}, *_] if self._knows(token):
+                self._nodes[name] = Node(name, wire, port, time.monotonic())
+            case _:  # anybody can reach the port: a scanner, an agent of another job
+                wire.close()
+
+    def _knows(self, token: str) -> bool:
+        # As bytes: of texts, only ASCII ones can be compared.
+        return secrets.compare_digest(token.encode(errors="replace"), self._token.encode())
 
     def _track(self, node: Node, message: Message) -> None:
         if "exit" in message:

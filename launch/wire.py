@@ -7,6 +7,9 @@ from typing import Any
 
 Message = dict[str, Any]
 
+_LONGEST = 1 << 24
+"""Bytes of a message: far more than a node's stacks, and no more memory than a stranger may take."""
+
 
 class Wire:
     """A socket that speaks messages. Sending to a peer that is gone is no error: its end is seen when reading."""
@@ -26,11 +29,16 @@ class Wire:
         return str(self._socket.getpeername()[0])
 
     def send(self, **message: Any) -> None:
-        with suppress(OSError):
+        try:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            # Half a line may be on its way, to which the next message must not be the other half.
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def receive(self) -> list[Message] | None:
-        """The messages that have come since, None once the peer is gone. Call it when the socket is readable."""
+        """The messages that have come since, None once the peer is gone or says what is no message. Call it when the
+        socket is readable."""
         try:
             data = self._socket.recv(1 << 20)
         except TimeoutError:
@@ -40,7 +48,12 @@ class Wire:
         if not data:
             return None
         *lines, self._buffer = (self._buffer + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        try:
+            messages = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError):  # the latter: a thousand brackets in each other
+            return None
+        whole = len(self._buffer) <= _LONGEST and all(isinstance(message, dict) for message in messages)
+        return messages if whole else None
 
     def close(self) -> None:
         self._socket.close()

@@ -3,15 +3,22 @@
 import json
 import os
 import signal
+import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch.site import Supervision
+from launch.supervisor import Supervisor
+from launch.target import Target
 from launch.watchdog import diagnose, waiting
+from launch.wire import _LONGEST, Wire
 from megalm.metrics.events import read_events
 
 Supervise = Callable[..., int]
@@ -120,8 +127,6 @@ def test_a_signal_reaches_all_ranks_and_ends_the_job(supervise: Supervise, tmp_p
 
 
 def test_a_node_that_failed_twice_is_excluded(supervise: Supervise, tmp_path: Path) -> None:
-    from launch.supervisor import Supervisor
-
     usable: list[list[str]] = []
     right = Supervisor._usable
 
@@ -188,6 +193,73 @@ def test_a_stack_tells_who_waits() -> None:
     assert found.lines[0] == "rank 2 (n2) is in forward pass of micro-batch 1, step 6, since 30 s"
     assert found.lines[1].startswith("rank 0 (n1) waits in forward pass of micro-batch 1 (all_reduce), step 7")
     assert diagnose({0: note}, {0: STACK}, {}).culprit is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"1\n",
+        b"[" * 100_000 + b"\n",
+        b"\xff\n",
+        '{"token":"é"}\n'.encode(),
+        b'{"token":"\\ud800","hello":"n1","port":1}\n',
+        b'{"token":"TOKEN","hello":["n1"]}\n',
+        b"x" * (_LONGEST + 1),
+    ],
+    ids=["HTTP", "number", "brackets", "bytes", "accent", "surrogate", "malformed hello", "endless line"],
+)
+def test_a_stranger_does_not_end_the_job(tmp_path: Path, said: bytes) -> None:
+    """What is no agent's hello closes its connection, and nothing else: an agent that comes later is admitted."""
+    supervisor = Supervisor(
+        Target([], tmp_path),
+        Supervision(),
+        nodes=["n1"],
+        ranks_per_node=1,
+        folder=tmp_path,
+        environment={},
+        failures=Counter(),
+        address="127.0.0.1",
+        token="TOKEN",
+    )
+
+    def turn_until(reached: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 30
+        while not reached():
+            assert time.monotonic() < deadline
+            supervisor.turn()
+
+    def send() -> None:
+        with suppress(OSError):  # the supervisor hangs up before the end of what is too long
+            stranger.sendall(said)
+
+    with socket.create_connection(("127.0.0.1", supervisor.port)) as stranger:
+        sender = threading.Thread(target=send)
+        sender.start()
+        turn_until(lambda: supervisor._strangers)
+        turn_until(lambda: not supervisor._strangers)
+        sender.join()
+        with suppress(ConnectionResetError):
+            assert stranger.recv(1) == b""
+    assert not supervisor._nodes
+    agent = Wire(socket.create_connection(("127.0.0.1", supervisor.port)))
+    agent.send(hello="n1", token="TOKEN", port=1)
+    turn_until(lambda: "n1" in supervisor._nodes)
+    supervisor._listener.close()
+
+
+def test_half_a_line_is_the_last_that_is_heard() -> None:
+    """A peer that reads nothing for too long: the message that did not fit is not followed by another one."""
+    left, right = socket.socketpair()
+    sender, receiver = Wire(left), Wire(right)
+    left.settimeout(0.1)
+    right.settimeout(5.0)
+    sender.send(words="x" * (1 << 22))
+    heard = receiver.receive()
+    sender.send(quit=True)
+    while heard == []:
+        heard = receiver.receive()
+    assert heard is None, "the connection has ended"
 
 
 def test_events_survive_a_line_cut_short(tmp_path: Path) -> None:
