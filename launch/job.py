@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from launch.status import jobs_of
 from launch.supervisor import DONE, PREEMPTED, Supervisor, agent_command, python_path
 from launch.target import Target, newest_step, of_command
 from megalm.errors import MegalmError
-from megalm.metrics.events import LAUNCHER, read_events, write_event
+from megalm.metrics.events import LAUNCHER, Event, read_events, write_event
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """That let a job finish its step, save and end; Slurm's warning before the time limit is the last."""
@@ -61,6 +61,7 @@ def in_slurm(arguments: list[str]) -> int:
         folder=folder,
         environment=python_path(dict(os.environ)) | site.environment,
         failures=failures(target, number),
+        fruitless=fruitless(target, number),
         may_move=site.supervise.requeue == "auto" and record.get("Requeue") == "1",
     )
     for each in SIGNALS:
@@ -86,14 +87,30 @@ def srun(site: Site, nodes: int) -> list[str]:
 
 def failures(target: Target, job: str) -> Counter[str]:
     """How often each node failed in the starts of this job so far."""
-    count: Counter[str] = Counter()
+    failed = [event for event in _events(target, job) if event["event"] == "failed"]
+    return Counter(event["node"] for event in failed if event.get("node"))
+
+
+def fruitless(target: Target, job: str) -> int:
+    """How many attempts and starts of this job in a row have ended without a new checkpoint. Who starts it again after
+    it gave up begins anew."""
+    count, step = 0, 0
+    for event in _events(target, job):
+        if event["event"] == "gave up":
+            count = 0
+        elif "failures" in event:
+            count, step = event["failures"], event["step"]
+    return count if newest_step(target.folder) == step else 0
+
+
+def _events(target: Target, job: str) -> Iterator[Event]:
+    """What happened in the starts of this job so far."""
     ours = False
     for event in read_events(target.folder):
         if event["event"] == "job":
             ours = event.get("job") == job
-        elif event["event"] == "failed" and ours and event.get("node"):
-            count[event["node"]] += 1
-    return count
+        elif ours:
+            yield event
 
 
 def done_already(target: Target, job: str) -> int:

@@ -18,7 +18,8 @@ class Supervision(Config):
     """What the launcher does when something goes wrong."""
 
     restarts: NonNegativeInt = 3
-    """Restarts after crashes and hangs without a new checkpoint in between; after that the job ends in error."""
+    """Restarts after crashes, hangs and time limits without a new checkpoint in between, before a requeue and after it;
+    after that the job ends in error."""
     backoff: PositiveFloat = 10.0
     """Seconds before the first restart; each further one waits twice as long, five minutes at most."""
     exclude_after: PositiveInt = 2

@@ -52,6 +52,7 @@ class Submitted:
             folder=folder,
             environment=python_path(dict(os.environ)) | self._site.environment,
             failures=job.failures(target, number),
+            fruitless=job.fruitless(target, number),
             port=int(address.rpartition(":")[2]),
             token=self._token,
         )

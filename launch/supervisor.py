@@ -98,6 +98,7 @@ class Supervisor:
         folder: Path,
         environment: dict[str, str],
         failures: Counter[str],
+        fruitless: int = 0,
         address: str = "",
         port: int = 0,
         token: str = "",
@@ -108,12 +109,14 @@ class Supervisor:
         folder: for this start's files: standard errors, stacks.
         environment: for every rank.
         failures: of nodes so far; counted on.
+        fruitless: ends of the job's earlier starts and attempts since the newest checkpoint; counted on.
         address, port, token: where to listen and what agents must show, if that was agreed before.
         may_move: whether the scheduler can give other nodes in place of those that failed.
         """
         self._target, self._settings, self._expected = target, settings, list(nodes)
         self._slots, self._folder, self._environment = ranks_per_node, folder, environment
         self._failures, self._may_move = failures, may_move
+        self._fruitless, self._step = fruitless, newest_step(target.folder)
         self._token = token or secrets.token_hex(16)
         self._listener = socket.create_server((address, port), backlog=1024)
         self._strangers: list[Wire] = []
@@ -147,7 +150,6 @@ class Supervisor:
     def run(self, start_agents: Callable[[], subprocess.Popen[bytes]]) -> int:
         """Returns an exit code. start_agents: starts the agents of all nodes; called again if they ended."""
         agents, expected = start_agents(), set(self._expected)
-        fruitless, before = 0, newest_step(self._target.folder)
         try:
             while True:
                 if self._signal:
@@ -169,18 +171,9 @@ class Supervisor:
                     return MISTAKE if verdict is Verdict.MISTAKE else ANOMALY
                 if first and first.node:
                     self._failures[first.node] += 1
-                now = newest_step(self._target.folder)
-                fruitless, before = (fruitless + 1 if now == before else 1), now
-                if fruitless > self._settings.restarts:
-                    self._note("gave up", restarts=fruitless - 1)
-                    self._say(
-                        f"giving up: {fruitless} failures without a new checkpoint in between "
-                        f"(supervise.restarts={self._settings.restarts}); started again, the run continues"
-                    )
+                if self._gives_up() or not self._can_go_on():
                     return FAILED
-                if not self._can_go_on():
-                    return FAILED
-                self._wait(fruitless, now)
+                self._wait()
         finally:
             for node in self._nodes.values():
                 node.wire.send(quit=True)
@@ -283,6 +276,19 @@ class Supervisor:
                 return nodes[:count] if self._target.config is not None else nodes
         return []
 
+    def _gives_up(self) -> bool:
+        """Count one more end without a new checkpoint; whether these were too many in a row."""
+        now = newest_step(self._target.folder)
+        self._fruitless, self._step = (self._fruitless + 1 if now == self._step else 1), now
+        if self._fruitless <= self._settings.restarts:
+            return False
+        self._note("gave up", restarts=self._fruitless - 1)
+        self._say(
+            f"giving up: {self._fruitless} failures or time limits without a new checkpoint in between "
+            f"(supervise.restarts={self._settings.restarts}); started again, the run continues"
+        )
+        return True
+
     def _can_go_on(self) -> bool:
         """Whether the next attempt has nodes; otherwise the scheduler is to give others."""
         here = [node for node in self._nodes.values() if node.name not in self.excluded]
@@ -290,7 +296,7 @@ class Supervisor:
         if self._largest(here) or not self._may_move or (lost and not self.excluded):
             return True
         self.wants_other_nodes = True
-        self._note("moving", excluded=self.excluded)
+        self._note("moving", excluded=self.excluded, step=self._step, failures=self._fruitless)
         self._say(f"asking for other nodes: {', '.join(self.excluded)} failed {self._settings.exclude_after} times")
         return False
 
@@ -437,18 +443,21 @@ class Supervisor:
     def note_stop(self, number: int) -> None:
         """Write down that a signal ended the attempt."""
         name, step = signal.Signals(number).name, newest_step(self._target.folder)
-        self._note("stopped", signal=name, step=step)
+        self._note("stopped", signal=name, step=step, failures=self._fruitless if step == self._step else 0)
         self._say(f"stopped by {name} at step {step}")
 
     def _stopped(self) -> int:
+        # A time limit that is over before a checkpoint is written would be over again.
+        if self._signal == signal.SIGUSR1 and newest_step(self._target.folder) == self._step and self._gives_up():
+            return FAILED
         self.note_stop(self._signal)
         return PREEMPTED
 
-    def _wait(self, failures: int, step: int) -> None:
-        pause = min(self._settings.backoff * 2 ** (failures - 1), 300.0)
-        self._note("restarting", seconds=pause, step=step, failures=failures)
+    def _wait(self) -> None:
+        pause = min(self._settings.backoff * 2 ** (self._fruitless - 1), 300.0)
+        self._note("restarting", seconds=pause, step=self._step, failures=self._fruitless)
         self._say(
-            f"restarting in {pause:.0f} s from step {step} (failure {failures} without a new checkpoint, "
+            f"restarting in {pause:.0f} s from step {self._step} (failure {self._fruitless} without a new checkpoint, "
             f"{self._settings.restarts} restarts are allowed)"
         )
         end = time.monotonic() + pause

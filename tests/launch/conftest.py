@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch import job
 from launch.site import Supervision
 from launch.supervisor import Supervisor, agent_command, python_path
 from launch.target import Target
@@ -31,21 +31,27 @@ class Nodes:
 
 @pytest.fixture
 def supervise(tmp_path: Path) -> Callable[..., int]:
-    """Run a script, given as text, on two nodes of two ranks; keyword arguments change the settings."""
+    """Run a script, given as text, on two nodes of two ranks, as a start of job 7 if that is noted; keyword arguments
+    change the settings."""
 
-    def run(text: str, nodes: int = 2, ranks: int = 2, **settings: Any) -> int:
+    def run(
+        text: str, nodes: int = 2, ranks: int = 2, named: Sequence[str] = (), may_move: bool = False, **settings: Any
+    ) -> int:
         script = tmp_path / "script.py"
         script.write_text("import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + textwrap.dedent(text))
-        names = [f"n{number}" for number in range(1, nodes + 1)]
+        names = list(named) or [f"n{number}" for number in range(1, nodes + 1)]
+        target = Target([str(script)], tmp_path / "run")
         supervisor = Supervisor(
-            Target([str(script)], tmp_path / "run"),
+            target,
             Supervision(**{"backoff": 0.1, **settings}),
             nodes=names,
             ranks_per_node=ranks,
             folder=tmp_path / "run" / "launch" / "start",
             environment={"MARK": str(tmp_path / "mark")},
-            failures=Counter(),
+            failures=job.failures(target, "7"),
+            fruitless=job.fruitless(target, "7"),
             address="127.0.0.1",
+            may_move=may_move,
         )
         before = signal.signal(signal.SIGUSR1, lambda number, _: supervisor.stop(number))
         try:

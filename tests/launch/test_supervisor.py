@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
+from launch.job import fruitless
 from launch.site import Supervision
 from launch.supervisor import Supervisor
 from launch.target import Target
 from launch.watchdog import diagnose, waiting
 from launch.wire import _LONGEST, Wire
-from megalm.metrics.events import read_events
+from megalm.metrics.events import LAUNCHER, read_events, write_event
 
 Supervise = Callable[..., int]
 ONCE = """
@@ -103,6 +104,54 @@ def test_restarts_run_out(supervise: Supervise, tmp_path: Path) -> None:
     assert supervise("sys.exit(1)", restarts=2) == 1
     assert [event["seconds"] for event in events(tmp_path, "restarting")] == [0.1, 0.2]
     assert len(events(tmp_path, "started")) == 3
+
+
+def test_restarts_are_not_given_anew_to_other_nodes(supervise: Supervise, tmp_path: Path) -> None:
+    """What is wrong on every node is tried on some of them, not on all of the cluster."""
+    for start, node in enumerate(["n1", "n2"]):
+        write_event(tmp_path / "run" / LAUNCHER, "job", job="7", start=start)
+        assert supervise("sys.exit(1)", named=[node], ranks=1, may_move=True, restarts=3, exclude_after=2) == 1
+    kinds = [event["event"] for event in read_events(tmp_path / "run")]
+    ends = [kind for kind in kinds if kind not in ("started", "failed")]
+    assert ends == ["job", "restarting", "moving", "job", "restarting", "gave up"]
+
+
+def test_a_time_limit_shorter_than_loading_ends_the_job(supervise: Supervise, tmp_path: Path) -> None:
+    """The first start has saved something when the warning comes, the others have not."""
+    text = f"""
+checkpoints = {str(tmp_path / "run" / "checkpoints")!r}
+if first:
+    os.makedirs(checkpoints + "/step-5")
+    open(checkpoints + "/step-5/manifest.json", "w").close()
+    open(checkpoints + "/latest", "w").write("step-5")
+os.kill({os.getpid()}, signal.SIGUSR1)
+time.sleep(600)
+"""
+    codes = []
+    for start in range(3):
+        write_event(tmp_path / "run" / LAUNCHER, "job", job="7", start=start)
+        codes.append(supervise(ONCE + text, nodes=1, ranks=1, restarts=1))
+    assert codes == [75, 75, 1]
+    assert [(event["step"], event["failures"]) for event in events(tmp_path, "stopped")] == [(5, 0), (5, 1)]
+    assert len(events(tmp_path, "gave up")) == 1
+
+
+def test_ends_are_counted_for_a_job_until_it_saves_or_gives_up(tmp_path: Path) -> None:
+    def note(event: str, **facts: Any) -> int:
+        write_event(tmp_path / LAUNCHER, event, **facts)
+        return fruitless(Target([], tmp_path), "7")
+
+    note("job", job="6", start=0)
+    assert note("restarting", step=0, failures=1) == 0, "of another job"
+    note("job", job="7", start=0)
+    assert note("moving", step=0, failures=2) == 2
+    assert note("job", job="7", start=1) == 2
+    assert note("gave up", restarts=3) == 0
+    assert note("restarting", step=0, failures=1) == 1
+    (tmp_path / "checkpoints" / "step-5").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-5" / "manifest.json").touch()
+    (tmp_path / "checkpoints" / "latest").write_text("step-5")
+    assert fruitless(Target([], tmp_path), "7") == 0
 
 
 def test_a_signal_reaches_all_ranks_and_ends_the_job(supervise: Supervise, tmp_path: Path) -> None:

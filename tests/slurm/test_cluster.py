@@ -80,7 +80,8 @@ open(f"{socket.gethostname()}-{count}", "w").close()
 def test_a_node_that_failed_twice_stays_excluded(cluster: Cluster, tmp_path: Path) -> None:
     """The ranks of n2 die; the job goes on with the other node, and from its next start on with another in place."""
     text = STOPS + "if socket.gethostname() == 'n2': sys.exit(1)\ntime.sleep(600 if count < 3 else 0)"
-    site = {"MEGALM_SITE_SET": "supervise.backoff=0.5"}
+    # Each of its ends is without a new checkpoint: there is none of a script.
+    site = {"MEGALM_SITE_SET": "supervise.backoff=0.5\nsupervise.restarts=4"}
     job = script(cluster, tmp_path, text, "--nodelist=n1", **site)
     assert cluster.job(job)["ExcNodeList"] == "(null)"
     wait(lambda: len(events_of(tmp_path, job, "started")) == 3, "it goes on without n2")
