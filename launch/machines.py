@@ -3,9 +3,11 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from launch.target import REPOSITORY, Target
 from megalm.errors import MegalmError
 
 PORT = 29500
+_PATIENCE = 60.0
+"""Seconds for other machines to end after a signal: torchrun gives its ranks 30 to save, then kills them."""
 
 
 @dataclass(frozen=True)
@@ -75,19 +79,45 @@ def _require_legal(target: Target, world_size: int) -> None:
 
 
 def execute(commands: list[list[str]]) -> int:
-    """Run one command in place of this process; several at once, until all have ended or one has failed."""
+    """Run one command in place of this process; several at once, until all have ended or one has failed.
+
+    A signal to this process lets the ranks of several save; connections that are still there after that are closed.
+    """
     environment = os.environ | {"PYTHONPATH": ":".join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))}
     if len(commands) == 1:
         os.execvpe(commands[0][0], commands[0], environment)
-    running = [subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) for command in commands]
+    told: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's and a background job's
+            signal.signal(number, lambda number, _: told.append(number))
+    running: list[subprocess.Popen[bytes]] = []
+    deadline = float("inf")
     try:
-        while True:
-            codes = [process.poll() for process in running]
-            if failed := [code for code in codes if code]:
-                return failed[0]
-            if not any(code is None for code in codes):
-                return 0
+        for command in commands:
+            # In sessions of their own: a Ctrl-C typed here would end ssh and with it the ranks.
+            running.append(
+                subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
+            )
+        while None in (codes := [process.poll() for process in running]):
+            if told and deadline == float("inf"):
+                deadline = time.monotonic() + _PATIENCE
+                for process in running:
+                    _interrupt(process)
+            if time.monotonic() > deadline or (any(codes) and not told):
+                break
             time.sleep(0.2)
     finally:
         for process in running:
             process.terminate()
+        for process in running:
+            process.wait()
+    if told and any(code != 0 for code in codes):
+        return 128 + told[0]  # as a shell says it
+    return next(filter(None, codes), 0)
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """Type Ctrl-C into the terminal of a remote command."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it has just ended
+        process.stdin.write(b"\x03")
