@@ -68,7 +68,7 @@ def main() -> int:
 def read(path: Path, field: str) -> Iterator[str]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
-        yield from (json.loads(line)[field].strip() for line in text.splitlines() if line.strip())
+        yield from (json.loads(line)[field].strip() for line in text.split("\n") if line.strip())
     else:
         yield from (part.strip() for part in text.split("\n\n") if part.strip())
 

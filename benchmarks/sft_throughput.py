@@ -110,7 +110,7 @@ def prepare(folder: Path, given: argparse.Namespace) -> None:
     built.save(str(folder / "tokenizer" / "tokenizer.json"))
     rows = folder / "rows.jsonl"
     if given.data:
-        lines = Path(given.data).read_text(encoding="utf-8").splitlines()[: given.rows]
+        lines = Path(given.data).read_text(encoding="utf-8").removesuffix("\n").split("\n")[: given.rows]
         rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
     else:
         # Lengths as in instruction data: half of the answers are below 100 tokens, some are ten times as long.
@@ -259,9 +259,8 @@ def train_trl(
         report_to="none",
         disable_tqdm=True,
     )
-    rows = datasets.Dataset.from_list(
-        [json.loads(line) for line in Path(config.data.sources[0].path).read_text(encoding="utf-8").splitlines()]
-    )
+    with open(config.data.sources[0].path, encoding="utf-8") as lines:
+        rows = datasets.Dataset.from_list([json.loads(line) for line in lines])
     trainer = Trainer(
         transformers_model(config), settings, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]
     )

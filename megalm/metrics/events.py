@@ -6,6 +6,7 @@ systems without atomic appends. Every event has `time` (seconds since 1970) and 
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ TRAINER, LAUNCHER = "events.jsonl", "launch/events.jsonl"
 def write_event(path: Path, event: str, **facts: Any) -> None:
     """Append one event to a file, which is made with its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"time": time.time(), "event": event} | facts, ensure_ascii=False)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    line = json.dumps({"time": time.time(), "event": event} | facts, ensure_ascii=False).encode() + b"\n"
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # a line cut short, which would take this one with it
+                line = b"\n" + line
+        file.write(line)
 
 
 def read_events(run: Path) -> list[Event]:
@@ -28,7 +33,8 @@ def read_events(run: Path) -> list[Event]:
     events = []
     for name in (TRAINER, LAUNCHER):
         if (run / name).exists():
-            for line in (run / name).read_text(encoding="utf-8", errors="replace").splitlines():
+            # Not splitlines(), which also ends lines at characters that JSON leaves in texts, such as U+2028.
+            for line in (run / name).read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     event = json.loads(line)
                 except json.JSONDecodeError:

@@ -316,3 +316,21 @@ def test_events_survive_a_line_cut_short(tmp_path: Path) -> None:
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "events.jsonl").write_text(json.dumps({"time": 1, "event": "job"}) + "\n")
     assert [event["event"] for event in read_events(tmp_path)] == ["job", "saved"]
+
+
+def test_an_event_after_a_line_cut_short_is_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / LAUNCHER
+    write_event(path, "job", job="5")
+    with path.open("a") as file:
+        file.write('{"time": 1, "ev')
+    write_event(path, "started", attempt=1)
+    write_event(path, "done")
+    assert [event["event"] for event in read_events(tmp_path)] == ["job", "started", "done"]
+    assert path.read_text().count("\n") == 4, "whole lines are not set apart"
+
+
+@pytest.mark.parametrize("words", ["bad\u2028file", "bad\x85file", "bad\nfile"])
+def test_words_of_an_event_do_not_end_its_line(tmp_path: Path, words: str) -> None:
+    write_event(tmp_path / LAUNCHER, "failed", words=words)
+    (event,) = read_events(tmp_path)
+    assert event["words"] == words
