@@ -89,7 +89,13 @@ GPT2 = {"norm": "layernorm", "position": "learned", "activation": "gelu", "atten
         (2, {"parallel": {"pipeline": 2, "pipeline_schedule": "dualpipev"}}),
         (2, {"parallel": {"tensor": 2}, "model": GPT2}),
         (2, {"parallel": {"tensor": 2, "sequence_parallel": True}, "tuning": {"method": "lora", "rank": 4}}),
-        (4, {"parallel": {"tensor": 4, "recompute": "full"}, "model": {"qk_norm": True, "position": "alibi"}}),
+        (
+            2,
+            {
+                "parallel": {"tensor": 2, "recompute": "full"},
+                "model": {"num_key_value_heads": 1, "qk_norm": True, "position": "alibi"},
+            },
+        ),
         (4, {"parallel": {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "recompute": "selective"}}),
     ],
     ids=["pipeline", "dualpipev", "tensor", "sequence, lora", "more tensor ranks than key heads", "tensor x pipeline"],
