@@ -149,7 +149,8 @@ class HarnessModel(TemplateLM):
                     f"a continuation of {len(continuation)} tokens cannot be scored by a model of "
                     f"{self.max_length} positions: leave the task out, or use a model of a longer context"
                 )
-            kept = (*context, *continuation)[-(self.max_length + 1) :]
+            # of a context of spaces alone nothing is left: the harness moves them into the continuation
+            kept = (*(context or [self.prefix_token_id]), *continuation)[-(self.max_length + 1) :]
             rows.append((kept[: -len(continuation)], tuple(continuation)))
         scores = self._shared(
             rows,

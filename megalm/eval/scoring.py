@@ -24,6 +24,7 @@ class Score:
 def score(model: LayerList, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
     """Score rows of (context, continuation), of one id or more each, in one pass. Under tensor parallelism every rank
     calls it with the same rows and gets the same."""
+    assert all(context and continuation for context, continuation in rows), "an id is scored behind another"
     inputs = [[*context, *continuation][:-1] for context, continuation in rows]
     hidden = hidden_states(model, inputs)
     places = [

@@ -15,6 +15,7 @@ from megalm.errors import MegalmError
 from megalm.eval.generate import Sampling, collect, generate
 from megalm.eval.harness import HarnessModel
 from megalm.eval.load import load_model
+from megalm.eval.scoring import score
 from megalm.layout import Layout
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import LayerList
@@ -28,6 +29,7 @@ PAIRS = [
     ("Question: what is it?\nAnswer:", " 河"),
     ("Ends in spaces  ", "and goes on"),
     ("", "nothing before"),
+    ("", " nothing before"),
     ("a" * 90 + " a context beyond 64 positions", " x"),
     ("short", " a continuation that takes about as many positions as there are"),
 ]
@@ -95,6 +97,17 @@ def test_equals_hugging_face(model: tuple, checkpoint: Path, theirs: dict[str, l
     with torch.no_grad():
         loaded[0].named_weights()["norm.norm.weight"].mul_(1.001)
     assert largest_difference(answers(HarnessModel(*loaded)), theirs) > 1e-3
+
+
+def test_a_context_of_spaces_is_none(checkpoint: Path, theirs: dict[str, list[Any]]) -> None:
+    """The harness moves them into the continuation, and its own adapter then refuses the request."""
+    expected, greedy = theirs["loglikelihood"][PAIRS.index(("", " nothing before"))]
+    adapter = HarnessModel(*load_model(checkpoint))
+    for beside in ([], [("a longer row, behind which others are padded", " x")]):
+        found = adapter.loglikelihood(instances("loglikelihood", [(" ", "nothing before"), *beside]), disable_tqdm=True)
+        assert found[0] == (pytest.approx(expected, abs=1e-4), greedy)
+    with pytest.raises(AssertionError, match="behind another"):
+        score(load_model(checkpoint)[0], [([], [1, 2])])
 
 
 def on_ranks(checkpoint: Path, layout: Layout) -> list[dict[str, list[Any]]]:
