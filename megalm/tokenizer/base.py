@@ -42,6 +42,15 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on one thread."""
 
+    def encode_sequence(self, parts: Sequence[str | int]) -> list[list[int]]:
+        """Ids of each part of one sequence: texts, none of them empty, and the control ids around them."""
+        return [[part] if isinstance(part, int) else self.encode(part) for part in parts]
+
+    def encode_marked(self, text: str) -> list[int] | None:
+        """Ids of a text in which control tokens are control ids, as the tokenizer's own library finds them; None where
+        it finds none."""
+        return None
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids. Special tokens are left out; broken UTF-8 (a model's own sampling) becomes U+FFFD."""

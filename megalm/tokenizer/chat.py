@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,8 @@ class Chat:
     def __init__(self, tokenizer: Tokenizer, template: str | None = None) -> None:
         """template: one of NAMED, or Jinja; by default ChatML.
 
-        Raises MegalmError if it is not Jinja, or if the tokenizer lacks the control tokens of a named one.
+        Raises MegalmError if it is not Jinja, if the tokenizer lacks the control tokens of a named one, or if its
+        library gives a conversation other ids.
         """
         self.tokenizer = tokenizer
         if template is None and lacking(tokenizer, "chatml"):
@@ -204,6 +206,25 @@ class Chat:
                 "the chat template plain ends an answer with the tokenizer's end of a document, which is no special "
                 "token there: mark it as special in tokenizer.json, or choose another template"
             )
+        self._hold_against_library()
+
+    def _hold_against_library(self) -> None:
+        """Raise MegalmError if the tokenizer's library, with which an export is served, gives a conversation other
+        ids."""
+        asked = {"role": "user", "content": "a"}
+        for messages in ([asked, {"role": "assistant", "content": "a"}, asked], [asked]):
+            try:
+                text = _Writing(self, messages, None).plain(reply=True)
+            except MegalmError:
+                continue
+            theirs = self.tokenizer.encode_marked(text)
+            if theirs not in (None, self.ids(text)):
+                raise MegalmError(
+                    "the tokenizers library does not read the chat template's control tokens as ids between texts, so "
+                    "an export would be given other ids than it was trained on: set normalized and single_word of "
+                    "these tokens to false in tokenizer.json, or choose another template"
+                )
+            return
 
     def encode(
         self, messages: Sequence[Message], *, reply: bool = True, tools: Sequence[Any] | None = None
@@ -236,17 +257,19 @@ class Chat:
 
     def ids(self, text: str) -> list[int]:
         """Ids of what render() gave, and of what was written behind it."""
-        return self._encoded(text, lambda part: self._typed.sub(lambda match: match[0].replace(_MARK, "", 1), part))
+        parts = self._parts(text, lambda part: self._typed.sub(lambda match: match[0].replace(_MARK, "", 1), part))
+        return [*chain.from_iterable(self.tokenizer.encode_sequence(parts))]
 
-    def _encoded(self, text: str, whole: Callable[[str], str]) -> list[int]:
-        """Ids of a text. whole: makes typed control tokens whole again, once the others are cut out."""
-        ids: list[int] = []
+    def _parts(self, text: str, whole: Callable[[str], str]) -> list[str | int]:
+        """A text as texts and control ids. whole: makes typed control tokens whole again, once the others are cut
+        out."""
+        parts: list[str | int] = []
         done = 0
         for match in self._control.finditer(text):
-            ids += self.tokenizer.encode(whole(text[done : match.start()])) if match.start() > done else []
-            ids.append(self._controls[match[0]])
+            parts += [whole(text[done : match.start()])] if match.start() > done else []
+            parts.append(self._controls[match[0]])
             done = match.end()
-        return ids + (self.tokenizer.encode(whole(text[done:])) if done < len(text) else [])
+        return parts + ([whole(text[done:])] if done < len(text) else [])
 
     def answers(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None
@@ -342,16 +365,17 @@ class _Writing:
 
     def ids(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a text with marks, and where the marked turns are."""
-        ids: list[int] = []
-        turns, start = [], 0
-        for part in re.split(f"([{self._begin}{self._end}])", text):
-            if part == self._begin:
-                start = len(ids)
-            elif part == self._end:
-                turns.append((start, len(ids)))
+        parts: list[str | int] = []
+        marks: dict[str, list[int]] = {self._begin: [], self._end: []}  # how many parts stand before each
+        for piece in re.split(f"([{self._begin}{self._end}])", text):
+            if piece in marks:
+                marks[piece].append(len(parts))
             else:
-                ids += self._chat._encoded(part, lambda text: text.replace(self._mark, ""))
-        return ids, turns
+                parts += self._chat._parts(piece, lambda text: text.replace(self._mark, ""))
+        encoded = self._chat.tokenizer.encode_sequence(parts)
+        places = [0, *accumulate(map(len, encoded))]
+        starts, stops = ([places[before] for before in marks[mark]] for mark in (self._begin, self._end))
+        return [*chain.from_iterable(encoded)], [*zip(starts, stops, strict=True)]
 
     def plain(self, reply: bool) -> str:
         """All of it, without marks of the assistant's turns."""

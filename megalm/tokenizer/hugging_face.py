@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ CONFIG_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+WHITE_SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")
+"""What the library takes for white space next to a token with lstrip or rstrip: less than Python does."""
 DECIDING_KEYS = ("model", "normalizer", "pre_tokenizer", "added_tokens")
 
 
@@ -32,15 +35,13 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, document: str, names: dict[str, str | None]) -> None:
         self._document = document
         self._names = names
-        self._tokenizer = tokenizers.Tokenizer.from_str(document)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer = _open(document)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self.special_tokens = {
-            token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
-        }
+        special = {i: token for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.special_tokens = {token.content: i for i, token in special.items()}
+        self._strips_before = {i for i, token in special.items() if token.lstrip}
+        self._strips_behind = {i for i, token in special.items() if token.rstrip}
         eos = self._special_id("eos_token", EOS_NAMES)
         if eos is None:
             raise MegalmError(
@@ -67,14 +68,30 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        rows = []
-        for text in texts:
-            try:
-                rows.append(self._tokenizer.encode(text, add_special_tokens=False).ids)
-            except (UnicodeEncodeError, TypeError):
-                check_unicode(text)
-                raise
-        return rows
+        return [_ids(self._tokenizer, text) for text in texts]
+
+    def encode_sequence(self, parts: Sequence[str | int]) -> list[list[int]]:
+        parts = _stripped(parts, self._strips_behind, lambda text: text.lstrip(WHITE_SPACE))
+        parts = _stripped(parts[::-1], self._strips_before, lambda text: text.rstrip(WHITE_SPACE))[::-1]
+        return [
+            [part] if isinstance(part, int) else _ids(self._inner if place else self._tokenizer, part)
+            for place, part in enumerate(parts)
+        ]
+
+    @cached_property
+    def _inner(self) -> tokenizers.Tokenizer:
+        """What encodes a text behind others: Metaspace's prepend_scheme "first" is about the first one."""
+        document = json.loads(self._document)
+        steps = json.dumps(document.get("pre_tokenizer"))
+        inner = steps.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+        return self._tokenizer if inner == steps else _open(json.dumps(document | {"pre_tokenizer": json.loads(inner)}))
+
+    def encode_marked(self, text: str) -> list[int]:
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return _ids(self._tokenizer, text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -107,6 +124,36 @@ class HuggingFaceTokenizer(Tokenizer):
             (folder / CONFIG_FILES[-1]).write_text(json.dumps(self._names, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
             raise MegalmError(f"cannot write the tokenizer to {folder}: {error.strerror}") from error
+
+
+def _open(document: str) -> tokenizers.Tokenizer:
+    opened = tokenizers.Tokenizer.from_str(document)
+    opened.no_truncation()
+    opened.no_padding()
+    opened.encode_special_tokens = True
+    return opened
+
+
+def _ids(library: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        ids: list[int] = library.encode(text, add_special_tokens=False).ids
+    except (UnicodeEncodeError, TypeError):
+        check_unicode(text)
+        raise
+    return ids
+
+
+def _stripped(parts: Sequence[str | int], strips: set[int], strip: Callable[[str], str]) -> list[str | int]:
+    """Parts of a sequence without the white space next to, in their order, the control ids that take it."""
+    found, taken = list[str | int](), False
+    for part in parts:
+        if isinstance(part, int):
+            taken = part in strips
+        elif taken:
+            part = strip(part)
+            taken = not part
+        found.append(part)
+    return found
 
 
 def load_json(path: Path) -> HuggingFaceTokenizer:

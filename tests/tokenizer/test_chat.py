@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import transformers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from megalm.errors import MegalmError
 from megalm.tokenizer.base import Tokenizer
@@ -72,6 +72,64 @@ def test_typed_control_tokens_stay_text(tokenizer: Tokenizer) -> None:
     assert len([i for i in Chat(tokenizer, mixed).encode(MESSAGES[:1]) if i in controls]) > 3
 
 
+SPACED = (
+    "{% for message in messages %}{{ ' <|start|>\n' + message.role + ' <|end|> \n ' }}"
+    "{% generation %}{{ message.content + '\u3000<|eot|>' }}{% endgeneration %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n' }}{% endif %}"
+)
+"""White space around every control token, and an answer of each message."""
+
+
+def save_sentences(path: Path, scheme: str | None, **flags: bool) -> Path:
+    """A tokenizer.json that was trained with Metaspace of this scheme, or None: with ByteLevel. flags: of its control
+    tokens."""
+    built = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    if scheme:
+        built.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme=scheme)])
+    else:
+        built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False)
+    built.train_from_iterator(
+        ["\x1c\u3000\nuser assistant system be brief hi and? <|start|>|eot| <|end|> 你好"], trainer
+    )
+    built.add_special_tokens([AddedToken(name, special=True, normalized=False, **flags) for name in NAMES])
+    built.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": NAMES[0], "bos_token": "<s>"}))
+    return path
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never", None])
+@pytest.mark.parametrize("strips", [(), ("rstrip",), ("lstrip",), ("lstrip", "rstrip")], ids="+".join)
+@pytest.mark.parametrize("template", [CHATML, LLAMA, SPACED], ids=["chatml", "llama", "spaced"])
+def test_white_space_next_to_control_tokens_is_hugging_faces(
+    scheme: str | None, strips: tuple[str, ...], template: str, tmp_path: Path
+) -> None:
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(
+        save_sentences(tmp_path, scheme, **dict.fromkeys(strips, True))
+    )
+    tokenizer = load(tmp_path)
+    chat = Chat(tokenizer, template)
+    for messages in (MESSAGES, MESSAGES[:2], [{"role": "user", "content": "\x1c hi \u3000\x1c"}]):
+        for reply in (True, False):
+            text = theirs.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=reply, tokenize=False
+            )
+            expected = theirs(text, add_special_tokens=False)["input_ids"]
+            assert chat.ids(chat.render(messages, reply=reply)) == expected
+            # an answer begins with a token of its own, which merges or a space may change
+            if template != SPACED and scheme != "always":
+                assert chat.encode(messages, reply=reply) == expected
+    # the turns are where they were, and typed control tokens are text
+    typed = [{"role": "user", "content": "hi<|eot|> <|end|>\n"}, {"role": "assistant", "content": "<|start|>hi"}]
+    ids, turns = chat.answers(typed)
+    controls = set(tokenizer.special_tokens.values()) - {tokenizer.token_to_id("<unk>")}
+    plain = chat.encode([each | {"content": "hi"} for each in typed], reply=False)
+    assert [i for i in ids if i in controls] == [i for i in plain if i in controls]
+    end = tokenizer.special_tokens["<|im_end|>" if template == CHATML else "<|eot|>"]
+    assert turns and all(ids[stop - 1] == end for _, stop in turns)
+    assert all("hi" in tokenizer.decode(ids[start:stop]) for start, stop in turns)
+
+
 def test_an_answer_that_has_begun(folder: Path, tokenizer: Tokenizer) -> None:
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token=NAMES[0]
@@ -108,6 +166,9 @@ def test_what_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
         Chat(tokenizer, "{{ raise_exception('roles must alternate') }}").encode(MESSAGES)
     with pytest.raises(MegalmError, match="does not show the last message"):
         Chat(tokenizer, "{{ messages[0].content }}").render(MESSAGES, unfinished=True)
+    words = load(save_sentences(tmp_path, None, single_word=True))
+    with pytest.raises(MegalmError, match="given other ids than it was trained on"):
+        Chat(words, LLAMA)  # where <|start|> is no word of its own
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(MegalmError, match="cannot be read"):
         read_template(tmp_path)
