@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from megalm.errors import MegalmError
 from megalm.tokenizer.base import Tokenizer
-from megalm.tokenizer.hugging_face import TOKENIZER_FILE
+from megalm.tokenizer.hugging_face import NEVER, TOKENIZER_FILE
 from megalm.tokenizer.load import load
 from megalm.tokenizer.sentence_piece import META_SPACE, MODEL_FILE
 
@@ -125,7 +125,7 @@ def from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
         # sentencepiece never finds control and byte pieces in a text; here, a score keeps them from being worth it
         text_kinds = (kinds.NORMAL, kinds.USER_DEFINED)
         model = models.Unigram(
-            [(piece, score if kind in text_kinds else -1e4) for piece, score, kind in spelled],
+            [(piece, score if kind in text_kinds else NEVER) for piece, score, kind in spelled],
             unk_id=unknown,
             byte_fallback=trainer.byte_fallback,
         )

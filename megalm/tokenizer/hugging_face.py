@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import models
 
 from megalm.errors import MegalmError
 from megalm.tokenizer.base import Tokenizer, check_unicode
@@ -20,6 +21,8 @@ PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 WHITE_SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")
 """What the library takes for white space next to a token with lstrip or rstrip: less than Python does."""
+NEVER = -1e4
+"""Score of a unigram's piece that no text is worth."""
 DECIDING_KEYS = ("model", "normalizer", "pre_tokenizer", "added_tokens")
 
 
@@ -53,6 +56,7 @@ class HuggingFaceTokenizer(Tokenizer):
         pad = self._special_id("pad_token", PAD_NAMES)
         self.pad_id = eos if pad is None else pad
         parsed = json.loads(document)
+        self._refuse_typed(parsed["model"])
         deciding: dict[str, Any] = {key: parsed.get(key) for key in DECIDING_KEYS}
         deciding["ends"] = [self.bos_id, self.eos_id]
         canonical = json.dumps(deciding, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
@@ -63,6 +67,17 @@ class HuggingFaceTokenizer(Tokenizer):
             name = self._names[role]
             return None if name is None else self.token_to_id(name)
         return next((self.special_tokens[name] for name in well_known if name in self.special_tokens), None)
+
+    def _refuse_typed(self, model: dict[str, Any]) -> None:
+        """Raise MegalmError if the model finds a special token in a text where it is typed."""
+        # what stands for unknown text is no control token
+        unknown = model.get("unk_id", self.token_to_id(model.get("unk_token") or ""))
+        for token, i in self.special_tokens.items():
+            if i != unknown and i in self.encode(f"{token} {token}\n{token}"):
+                raise MegalmError(
+                    f"the tokenizer encodes the text {token} as that special token, so that whoever types it ends a "
+                    "document or a turn: choose a tokenizer that splits such a text, byte-level BPE for one"
+                )
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -127,7 +142,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _open(document: str) -> tokenizers.Tokenizer:
+    """What encodes special tokens that are typed as the text they are."""
     opened = tokenizers.Tokenizer.from_str(document)
+    if isinstance(opened.model, models.Unigram):  # where they are pieces too, of a score as good as any
+        parsed = json.loads(document)
+        special = {token["content"] for token in parsed["added_tokens"] if token["special"]}
+        vocabulary = [[piece, NEVER if piece in special else score] for piece, score in parsed["model"]["vocab"]]
+        opened = tokenizers.Tokenizer.from_str(json.dumps(parsed | {"model": parsed["model"] | {"vocab": vocabulary}}))
     opened.no_truncation()
     opened.no_padding()
     opened.encode_special_tokens = True

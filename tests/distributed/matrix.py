@@ -247,7 +247,7 @@ def corpus() -> Path:
                 "normalized": False,
             }
         ],
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "pre_tokenizer": {"type": "Whitespace"},
         "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "0"},
     }
     (folder / "tokenizer").mkdir()

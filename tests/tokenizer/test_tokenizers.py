@@ -152,6 +152,47 @@ def test_special_tokens_have_ids_but_text_never_gets_them(trained: Tokenizer, by
     assert trained.token_to_id("no such token") is None
 
 
+@pytest.fixture
+def pieces(tmp_path: Path) -> Path:
+    """A folder with a unigram tokenizer.json, among whose pieces special tokens are."""
+    library = tokenizers.Tokenizer(models.Unigram())
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", "<s>", "</s>", "<|im_end|>"]
+    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>", show_progress=False)
+    library.train_from_iterator([*list(topics.values())[:20], "<a> </b> | c"], trainer)
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
+    return tmp_path
+
+
+def test_typed_special_tokens_are_text_to_a_unigram_model(pieces: Path, tmp_path: Path) -> None:
+    tokenizer = load(pieces)
+    library = tokenizers.Tokenizer.from_file(str(pieces / "tokenizer.json"))
+    library.encode_special_tokens = True
+    for name in ("<s>", "</s>", "<|im_end|>"):
+        for text in (name, f"a {name}b", f"a{name}\n{name}"):
+            assert tokenizer.special_tokens[name] in library.encode(text).ids  # negative control
+            assert tokenizer.special_tokens[name] not in tokenizer.encode(text)
+    texts = [line for text in topics.values() for line in text.split("\n")][:2000]
+    assert tokenizer.encode_batch(texts) == [library.encode(text, add_special_tokens=False).ids for text in texts]
+    tokenizer.save(tmp_path / "again")
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (pieces / "tokenizer.json").read_bytes()
+
+
+def test_a_model_that_knows_special_tokens_as_words_is_refused(tmp_path: Path) -> None:
+    vocabulary = {"<unk>": 0, "</s>": 1, "a": 2}
+    for kind in (models.WordLevel, models.WordPiece):
+        library = tokenizers.Tokenizer(kind(vocab=vocabulary, unk_token="<unk>"))
+        library.add_special_tokens(["<unk>", "</s>"])
+        library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        library.save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(MegalmError, match="encodes the text </s> as that special token"):
+            load(tmp_path)
+        library.pre_tokenizer = pre_tokenizers.Whitespace()  # which takes it apart
+        library.save(str(tmp_path / "tokenizer.json"))
+        assert load(tmp_path).encode("a </s> <unk>") == [2, *[0] * 6]
+
+
 def test_ends_and_padding(trained: Tokenizer, byte_level: Path) -> None:
     assert trained.bos_id is None
     assert len({trained.eos_id, trained.pad_id}) == 2
