@@ -183,8 +183,8 @@ def _tokenizer(path: Path, source: CheckpointSource) -> Tokenizer:
     assert source.config.vocab_size is not None
     if trained_with not in (None, loaded.fingerprint) or loaded.vocab_size > source.config.vocab_size:
         raise MegalmError(
-            f"the tokenizer at {path} is not the one that checkpoint {source.path} was trained with: give that one as "
-            "--tokenizer"
+            f"the tokenizer at {path} is not the one that checkpoint {source.path} was trained with: "
+            f"{loaded.way_to(trained_with, 'give that one as --tokenizer')}"
         )
     return loaded
 

@@ -41,12 +41,17 @@ def export(path: Path, tokenizer: Tokenizer, folder: Path, longest: int, templat
         made = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
     else:
         made = from_sentencepiece(path / MODEL_FILE if path.is_dir() else path)
-        if begins := [(str(made.id_to_token(i)), i) for i in tokenizer.begins]:
-            named = " ".join(token for token, _ in begins)
-            made.post_processor = processors.TemplateProcessing(
-                single=f"{named} $A", pair=f"{named} $A {named} $B", special_tokens=begins
-            )
         made.save(str(folder / TOKENIZER_FILE))
+    begins = [(str(made.id_to_token(i)), i) for i in tokenizer.begins]
+    if begins and made.encode("a").ids[:1] != tokenizer.begins:  # transformers goes by the file, not by add_bos_token
+        named = " ".join(token for token, _ in begins)
+        made.post_processor = processors.TemplateProcessing(
+            single=f"{named} $A", pair=f"{named} $A {named} $B", special_tokens=begins
+        )
+        # all else stays as it is written, and with it the fingerprint
+        document = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
+        document["post_processor"] = json.loads(made.to_str())["post_processor"]
+        (folder / TOKENIZER_FILE).write_text(json.dumps(document, indent=2, ensure_ascii=False), encoding="utf-8")
     settings: dict[str, Any] = {}
     if (folder / SETTINGS_FILE).exists():
         settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))

@@ -101,12 +101,13 @@ class ShardReader:
         """
         self.folder = Path(folder)
         index = self.index = _read_index(self.folder)
-        if tokenizer is not None and index["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        theirs = index["tokenizer"]
+        if tokenizer is not None and theirs["fingerprint"] != tokenizer.fingerprint:
             raise MegalmError(
-                f"{self.folder} was written with another tokenizer (fingerprint "
-                f"{index['tokenizer']['fingerprint'][:12]}, {index['tokenizer']['vocab_size']} ids) than the one given "
-                f"({tokenizer.fingerprint[:12]}, {tokenizer.vocab_size} ids): set data.tokenizer to the former, or "
-                "write the shards anew"
+                f"{self.folder} was written with another tokenizer (fingerprint {theirs['fingerprint'][:12]}, "
+                f"{theirs['vocab_size']} ids) than the one given ({tokenizer.fingerprint[:12]}, {tokenizer.vocab_size} "
+                f"ids): {tokenizer.way_to(theirs['fingerprint'], 'set data.tokenizer to the former')}, or write the "
+                "shards anew"
             )
         for shard in index["shards"]:
             _check_shard(self.folder, shard, verify_checksums)

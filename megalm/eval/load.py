@@ -109,7 +109,8 @@ def _tokenizer(path: str | Path, config: ModelConfig, manifest: Manifest, folder
     if trained_with is not None:
         raise MegalmError(
             f"the tokenizer at {path} is not the one that checkpoint {folder} was trained with (fingerprint "
-            f"{tokenizer.fingerprint[:12]}, expected {trained_with[:12]}): give the path of that one"
+            f"{tokenizer.fingerprint[:12]}, expected {trained_with[:12]}): "
+            f"{tokenizer.way_to(trained_with, 'give the path of that one')}"
         )
     return tokenizer
 

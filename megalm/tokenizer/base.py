@@ -19,7 +19,7 @@ class Tokenizer(ABC):
     vocab_size: int
     """Ids run from 0 to vocab_size - 1."""
     bos_id: int | None
-    """Id that begins a document, or None where the tokenizer has none."""
+    """Id of the token that is named for the begin of a document, or None. Whether it stands there, `begins` says."""
     eos_id: int
     """Id that ends a document."""
     pad_id: int
@@ -28,11 +28,22 @@ class Tokenizer(ABC):
     """Control tokens and their ids; no text is ever encoded to them."""
     fingerprint: str
     """Hash of everything that decides ids. Two tokenizers with the same fingerprint write the same shards."""
+    begun: str | None = None
+    """Where bos_id is named but not put before a text: the fingerprint if it were, as earlier versions had it."""
 
     @property
     def begins(self) -> list[int]:
         """What stands before every document: bos_id, unless it only ends the document before."""
         return [] if self.bos_id is None or self.bos_id == self.eos_id else [self.bos_id]
+
+    def way_to(self, fingerprint: str | None, other: str) -> str:
+        """How to get the tokenizer of another fingerprint. other: where it is not this one with its begin token."""
+        if fingerprint is None or fingerprint != self.begun:
+            return other
+        return (
+            "it is the same with its bos_token before every document, which this one does not put there: set "
+            "add_bos_token to true in its tokenizer_config.json"
+        )
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

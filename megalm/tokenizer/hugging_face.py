@@ -30,12 +30,13 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json, read by the `tokenizers` library.
 
     Begin, end and padding tokens are not in tokenizer.json: they come from tokenizer_config.json or
-    special_tokens_map.json beside it, else from well-known names.
+    special_tokens_map.json beside it, else from well-known names. A begin token stands before documents if
+    add_bos_token there says so or, where it says nothing, if the tokenizer's post-processor puts it before a text.
     """
 
     kind = "huggingface"
 
-    def __init__(self, document: str, names: dict[str, str | None]) -> None:
+    def __init__(self, document: str, names: dict[str, Any]) -> None:
         self._document = document
         self._names = names
         self._tokenizer = _open(document)
@@ -55,12 +56,19 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id = self._special_id("bos_token", ())
         pad = self._special_id("pad_token", PAD_NAMES)
         self.pad_id = eos if pad is None else pad
+        explicit = names.get("add_bos_token")
+        self._begins = self._tokenizer.encode("a").ids[:1] == [self.bos_id] if explicit is None else bool(explicit)
         parsed = json.loads(document)
         self._refuse_typed(parsed["model"])
         deciding: dict[str, Any] = {key: parsed.get(key) for key in DECIDING_KEYS}
         deciding["ends"] = [self.bos_id, self.eos_id]
-        canonical = json.dumps(deciding, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+        self.fingerprint = _fingerprint(deciding)
+        if super().begins and not self.begins:
+            self.begun, self.fingerprint = self.fingerprint, _fingerprint(deciding | {"begins": []})
+
+    @property
+    def begins(self) -> list[int]:
+        return super().begins if self._begins else []
 
     def _special_id(self, role: str, well_known: tuple[str, ...]) -> int | None:
         if role in self._names:
@@ -141,6 +149,11 @@ class HuggingFaceTokenizer(Tokenizer):
             raise MegalmError(f"cannot write the tokenizer to {folder}: {error.strerror}") from error
 
 
+def _fingerprint(deciding: dict[str, Any]) -> str:
+    canonical = json.dumps(deciding, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 def _open(document: str) -> tokenizers.Tokenizer:
     """What encodes special tokens that are typed as the text they are."""
     opened = tokenizers.Tokenizer.from_str(document)
@@ -185,7 +198,7 @@ def load_json(path: Path) -> HuggingFaceTokenizer:
         raise MegalmError(f"cannot read the tokenizer {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise MegalmError(f"{path} is not a tokenizer.json: it is not UTF-8 text") from error
-    names: dict[str, str | None] = {}
+    names: dict[str, Any] = {}
     for config_file in (path.parent / name for name in CONFIG_FILES):
         if config_file.exists():
             names.update(_names(config_file))
@@ -197,13 +210,14 @@ def load_json(path: Path) -> HuggingFaceTokenizer:
         raise MegalmError(f"{path} is not a tokenizer.json that the tokenizers library reads: {error}") from error
 
 
-def _names(config_file: Path) -> dict[str, str | None]:
-    """Names of the begin, end and padding tokens in a tokenizer_config.json or special_tokens_map.json."""
+def _names(config_file: Path) -> dict[str, Any]:
+    """Names of the begin, end and padding tokens in a tokenizer_config.json or special_tokens_map.json, and whether
+    the first is added."""
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MegalmError(f"{config_file} is damaged ({error}): copy the tokenizer folder again") from error
-    roles = ("bos_token", "eos_token", "pad_token")
+    roles = ("bos_token", "eos_token", "pad_token", "add_bos_token")
     values = {role: config[role] for role in roles if role in config}
     return {role: value["content"] if isinstance(value, dict) else value for role, value in values.items()}
 

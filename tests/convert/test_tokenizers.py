@@ -115,6 +115,19 @@ def test_a_dummy_prefix_is_kept(tmp_path: Path) -> None:
     assert ours.begins and theirs("a b")["input_ids"] == [*ours.begins, *ours.encode("a b")]
 
 
+def test_a_begin_token_that_only_the_settings_add_is_exported(tmp_path: Path) -> None:
+    path = save_tokenizer(tmp_path / "bytes", ends=("</s>", "<s>"))
+    (tmp_path / "out").mkdir()
+    for added in (True, False):
+        settings = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": added}
+        (path / "tokenizer_config.json").write_text(json.dumps(settings))
+        ours = load(path)
+        tokenizer_files.export(path, ours, tmp_path / "out", 64)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert theirs("ab")["input_ids"] == [*ours.begins, *ours.encode("ab")]
+        assert (ours.begins != []) is added and load(tmp_path / "out").fingerprint == ours.fingerprint
+
+
 def test_a_chat_goes_with_the_model(tmp_path: Path) -> None:
     """The template that the run was fine-tuned with, and the end of a turn as one of generation's ends."""
     path = save_tokenizer(tmp_path / "bytes", ends=("<|endoftext|>", "<|im_start|>", "<|im_end|>"))

@@ -82,12 +82,20 @@ def test_large_vocabulary_takes_four_bytes_and_a_begin_token_is_written(tmp_path
     library.pre_tokenizer = pre_tokenizers.Whitespace()
     library.add_special_tokens(["<s>", "</s>"])
     library.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    settings = {"bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
     (tmp_path / "corpus.jsonl").write_text('{"text": "w69999 w5"}\n')
     shards.write([tmp_path / "corpus.jsonl"], tmp_path / "tokenizer.json", tmp_path / "out")
     reader = ShardReader(tmp_path / "out" / "train", load(tmp_path / "tokenizer.json"))
     assert reader.dtype == np.dtype("<u4")
     assert reader.tokens(0, reader.tokens_total).tolist() == [0, 70_001, 7, 1]
+    # as earlier versions wrote them of a tokenizer that names a begin token and puts none
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(MegalmError, match=r"set add_bos_token to true in its tokenizer_config.json, or write"):
+        ShardReader(tmp_path / "out" / "train", load(tmp_path / "tokenizer.json"))
+    shards.write([tmp_path / "corpus.jsonl"], tmp_path / "tokenizer.json", tmp_path / "anew")
+    reader = ShardReader(tmp_path / "anew" / "train", load(tmp_path / "tokenizer.json"))
+    assert reader.tokens(0, reader.tokens_total).tolist() == [70_001, 7, 1]
 
 
 def test_held_out_documents_are_chosen_by_their_text(

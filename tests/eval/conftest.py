@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import LayerList, build_model, decoder
@@ -32,12 +32,16 @@ SIZES: dict[str, Any] = {
 
 
 def save_tokenizer(folder: Path, ends: tuple[str, ...] = ("<|endoftext|>",), begin: str | None = None) -> Path:
-    """A tokenizer.json of the 256 bytes and the special tokens `ends`, the first of which ends documents."""
+    """A tokenizer.json of the 256 bytes and the special tokens `ends`, the first of which ends documents. begin: the
+    one that it puts before them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(ends))
+    if begin:
+        special = [(begin, tokenizer.token_to_id(begin))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=special)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": ends[0], "bos_token": begin}))

@@ -34,7 +34,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built.add_special_tokens(CONTROLS)
     path = tmp_path_factory.mktemp("tokenizer")
     built.save(str(path / "tokenizer.json"))
-    names = {"eos_token": CONTROLS[0], "bos_token": "<s>", "pad_token": CONTROLS[0]}
+    names = {"eos_token": CONTROLS[0], "bos_token": "<s>", "add_bos_token": True, "pad_token": CONTROLS[0]}
     (path / "tokenizer_config.json").write_text(json.dumps(names))
     return path
 

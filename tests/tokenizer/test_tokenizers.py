@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megalm.errors import MegalmError
@@ -200,6 +200,36 @@ def test_ends_and_padding(trained: Tokenizer, byte_level: Path) -> None:
     assert hugging_face.bos_id is None
     assert hugging_face.eos_id == hugging_face.token_to_id("<|im_end|>")
     assert hugging_face.pad_id == hugging_face.token_to_id("<pad>")
+
+
+@pytest.mark.parametrize("added", [None, True, False], ids=["unsaid", "added", "not-added"])
+@pytest.mark.parametrize("first", ["<s> ", ""], ids=["put", "not-put"])
+@pytest.mark.parametrize("begin", ["<s>", None, "<|endoftext|>"])
+def test_a_document_begins_as_transformers_begins_a_text(
+    byte_level: Path, begin: str | None, first: str, added: bool | None, tmp_path: Path
+) -> None:
+    library = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+    library.add_special_tokens(["<s>"])
+    library.post_processor = processors.TemplateProcessing(
+        single=f"{first}$A", special_tokens=[("<s>", library.token_to_id("<s>"))]
+    )
+    library.save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": begin, "eos_token": "<|endoftext|>"}
+    said = {} if added is None else {"add_bos_token": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | said))
+    tokenizer = load(tmp_path)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **settings, **said)
+    # a token that ends documents too, or that has no name, begins none
+    expected = theirs("ab")["input_ids"] if begin == "<s>" else tokenizer.encode("ab")
+    assert [*tokenizer.begins, *tokenizer.encode("ab")] == expected
+    assert tokenizer.bos_id == (None if begin is None else tokenizer.token_to_id(begin))
+    # tokenizers that begin documents otherwise are told apart, and only they
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
+    begun = load(tmp_path)
+    assert (tokenizer.fingerprint == begun.fingerprint) is (tokenizer.begins == begun.begins)
+    assert tokenizer.begun == (begun.fingerprint if tokenizer.begins != begun.begins else None)
+    tokenizer.save(tmp_path / "again")
+    assert load(tmp_path / "again").fingerprint == tokenizer.fingerprint
 
 
 def test_saved_and_loaded_again(trained: Tokenizer, byte_level: Path, tmp_path: Path) -> None:
