@@ -97,6 +97,27 @@ def test_long_texts_of_nothing_but_candidates_take_no_squares():
     assert time.process_time() - began < 20
 
 
+PIECES = ["token=a.1", "token=a1-", "token=aA1bcdefghijklmnopqrstuv.", "xoxb-", "-eyJaaaaaaaa"]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_eight_times_the_text_takes_about_eight_times_as_long(piece):
+    """Where each piece could begin a key that the next ones go on with; with squares it is 64 times."""
+
+    def took(pieces: int) -> float:
+        began = time.process_time()
+        replaced(piece * pieces)
+        return time.process_time() - began
+
+    assert min(took(8_000) for _ in range(2)) < 24 * min(took(1_000) for _ in range(3))
+
+
+def test_long_keys_are_replaced_whole():
+    words = "aB3" * 3_000
+    assert replaced(f"token={words} and xoxb-{words}") == "token=<KEY> and <KEY>"
+    assert replaced(f"eyJ{words[:4_000]}.eyJ{words}.{words}.") == "<KEY>."
+
+
 NUMBERS = """
 The population was 1,411,778,724 in 2020 and 13800000000 yuan were spent. 公司营收15812345678元，共有13912345678人次。
 pi is 3.14159265358979323846, e is 2.71828182845904, c is 299792458 m/s, 1/3 = 0.33313812345678

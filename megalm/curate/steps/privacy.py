@@ -128,16 +128,18 @@ def _places(text: str) -> Iterator[tuple[int, int]]:
 Finder = Callable[[str, int, int, bool], Iterator[tuple[int, int]]]
 
 # Keys and tokens: https://docs.github.com/en/authentication (tokens), RFC 7519 (JWT), AWS IAM unique identifiers.
+# What stands ahead is looked for nearby: to the end, from each of many places where a key could begin, takes squares.
+# What is taken has no such bound, for it is not read again, and half a key in the text would be half a leak.
 _KEY = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----"
     r"(?:.*?-----END [A-Z ]*PRIVATE KEY(?: BLOCK)?-----|.*?(?=\n\s*\n|\Z))"
     r"|(?<![A-Za-z0-9])(?:AKIA|ASIA)[0-9A-Z]{16}(?![A-Za-z0-9])"
     r"|(?<![A-Za-z0-9])gh[pousr]_[A-Za-z0-9]{36,255}(?![A-Za-z0-9])"
     r"|(?<![A-Za-z0-9])github_pat_[A-Za-z0-9_]{22,255}(?![A-Za-z0-9])"
-    r"|(?<![A-Za-z0-9])eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"
+    r"|(?<![A-Za-z0-9])eyJ[A-Za-z0-9_-]{8,4096}+\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"
     r"|(?<![A-Za-z0-9_-])sk-(?:[a-z]+-){0,3}(?=[A-Za-z0-9_-]{0,200}\d)(?=[A-Za-z0-9_-]{0,200}[A-Z])[A-Za-z0-9_-]{20,}"
     r"|(?<![A-Za-z0-9])[sr]k_live_[A-Za-z0-9]{20,}"
-    r"|(?<![A-Za-z0-9])xox[abeprs]-(?=[A-Za-z0-9-]*\d)[A-Za-z0-9-]{16,}"
+    r"|(?<![A-Za-z0-9])xox[abeprs]-(?=[A-Za-z0-9-]{0,200}\d)[A-Za-z0-9-]{16,}"
     r"|(?<![A-Za-z0-9])AIza[0-9A-Za-z_-]{35}(?![A-Za-z0-9])"
     r"|(?<![A-Za-z0-9])glpat-[0-9A-Za-z_-]{20,}"
     r"|(?<![A-Za-z0-9])hf_[A-Za-z0-9]{30,}",
@@ -146,7 +148,8 @@ _KEY = re.compile(
 # A value that is called a secret: long, without spaces, with digits and letters of both kinds.
 _SECRET = re.compile(
     r"(?i:secret|passw|token|api.?key)[A-Za-z0-9_\-]{0,64}[\"']?\s{0,3}[:=]>?\s{0,3}[\"']?"
-    r"(?=[A-Za-z0-9/+_=.\-]*[0-9])(?=[A-Za-z0-9/+_=.\-]*[a-z])(?=[A-Za-z0-9/+_=.\-]*[A-Z])([A-Za-z0-9/+_=\-]{20,})"
+    r"(?=[A-Za-z0-9/+_=.\-]{0,200}[0-9])(?=[A-Za-z0-9/+_=.\-]{0,200}[a-z])(?=[A-Za-z0-9/+_=.\-]{0,200}[A-Z])"
+    r"([A-Za-z0-9/+_=\-]{20,})"
 )
 
 
