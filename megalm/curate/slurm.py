@@ -22,9 +22,7 @@ def commands(
     jobs: elements of an array, at most. workers: processes of each. options: more of sbatch's, such as
     --partition=NAME. overrides: --set KEY=VALUE.
     """
-    script = SCRIPT if Path(SCRIPT).is_file() else str(Path(__file__).resolve().parents[2] / SCRIPT)
-    if not Path(script).is_file():
-        raise MegalmError(f"there is no {SCRIPT} here: run this in megalm's folder")
+    script = str(_home() / SCRIPT)
     logs = plan.folder.root / "logs"
     made = []
 
@@ -46,17 +44,25 @@ def commands(
     return made
 
 
+def _home() -> Path:
+    """megalm's folder: the working directory, or else the one that this file lies in."""
+    for folder in (Path(), Path(__file__).resolve().parents[2]):
+        if (folder / SCRIPT).is_file():
+            return folder
+    raise MegalmError(f"there is no {SCRIPT} here: run this in megalm's folder")
+
+
 def submit(made: Sequence[Sequence[str]], plan: Plan) -> list[str]:
     """Submit a chain of jobs; their numbers. Raises MegalmError with sbatch's own words."""
     (plan.folder.root / "logs").mkdir(exist_ok=True)
+    # A job runs where it was submitted, so that paths mean the same, and from a copy of its script.
+    environment = {"PYTHON": sys.executable} | dict(os.environ) | {"MEGALM_FOLDER": str(_home().resolve())}
     numbers: list[str] = []
     for command in made:
         after = [f"--dependency=afterok:{numbers[-1]}"] if numbers else []
         line = [*command[:2], *after, *command[2:]]
         try:
-            ended = subprocess.run(
-                line, env={"PYTHON": sys.executable} | dict(os.environ), capture_output=True, text=True
-            )
+            ended = subprocess.run(line, env=environment, capture_output=True, text=True)
         except FileNotFoundError:
             raise MegalmError(
                 "sbatch is not on this machine: run this on a login node, or use --executor local"

@@ -458,6 +458,28 @@ def test_the_parts_of_slurm_make_the_same(
     assert [command[command.index("--only") + 1] for command in again] == ["finish"], "what is done is not submitted"
 
 
+def test_jobs_find_the_command_from_any_folder(make_recipe: MakeRecipe, whole: Recipe, tmp_path: Path) -> None:
+    """sbatch, as this one, runs a copy of the script in the folder where it was submitted."""
+    recipe = make_recipe("elsewhere").model_copy(update={"directory": "elsewhere"})
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(
+        "#!/bin/sh\nuntil [ -f $1 ]; do shift; done\n"
+        f'cp "$1" {tmp_path}/copy; shift; bash {tmp_path}/copy "$@" >&2 && echo 1\n'
+    )
+    sbatch.chmod(0o755)
+    ended = subprocess.run(
+        [sys.executable, REPOSITORY / "tools" / "curate.py", "--config", "recipe.yaml", "--executor", "slurm"],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{sbatch.parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert contents(recipe.model_copy(update={"directory": str(tmp_path / "elsewhere")})) == contents(whole)
+
+
 def test_an_empty_end_is_told(make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = make_recipe(steps=[{"kind": f"{STEPS}:LongEnough", "characters": 10**6}])
     executor.run(recipe, 1)
