@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megalm.config import dump, load
+from megalm.curate.document import Document
 from megalm.curate.recipe import Recipe, build, phases
 from megalm.errors import MegalmError
 from tests.curate.conftest import STEPS, MakeRecipe
@@ -92,6 +93,32 @@ def test_a_misspelt_kind_gets_the_closest_one(tmp_path: Path) -> None:
     settings = "kind: perplexity\n    models: {en: {path: x, bukets: [3]}}"
     sentence = said(tmp_path, RECIPE.replace(f"kind: {STEPS}:LongEnough", settings))
     assert "steps.0.models.en.bukets is unknown to the step perplexity; did you mean buckets?" in sentence
+
+
+def test_the_lengths_and_shares_of_repeated_sequences_are_checked(tmp_path: Path) -> None:
+    """What is too short was ignored, and what is too long ended a run at its first document."""
+    for given, words in [
+        (
+            "top_grams: {1: 0.1}",
+            "steps.0.en.top_grams.1.[key] (gopher_repetition): should be greater than or equal to 2",
+        ),
+        ("top_grams: {-3: 0.1}", "greater than or equal to 2"),
+        ("repeated_grams: {33: 0.1}", "less than or equal to 32"),
+        ("repeated_grams: {4: 1.5}", "less than or equal to 1"),
+        ("repeated_grams: {4: -0.1}", "greater than or equal to 0"),
+        ("repeated_grams: {four: 0.1}", "valid integer"),
+    ]:
+        settings = f"kind: gopher_repetition\n    en: {{{given}}}"
+        assert words in said(tmp_path, RECIPE.replace(f"kind: {STEPS}:LongEnough\n    characters: 12", settings))
+
+
+def test_the_lengths_of_repeated_sequences_are_read_from_a_file(tmp_path: Path) -> None:
+    settings = "kind: gopher_repetition\n    en: {top_grams: {2: 0.1, 32: 0.2}}"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace(f"kind: {STEPS}:LongEnough\n    characters: 12", settings))
+    [step] = build(load(str(path), Recipe).steps)
+    assert step.settings.en.top_grams == {2: 0.1, 32: 0.2}
+    assert step.apply([Document("1", "spam spam " * 40, {"language": "en"})])[0].reason == "one 2-gram over and over"
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "data").glob("*.yaml")), ids=lambda path: path.stem)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from megalm.curate.steps.units import _MIX, _PRIME, _SHIFT, units
 
 Share = float | None
 _LONGEST = 32  # n-grams
+GramShares = dict[Annotated[int, Field(strict=False, ge=2, le=_LONGEST)], Annotated[float, Field(ge=0, le=1)]]
+"""By n, which is text in a file: all keys there are."""
 
 
 class RepetitionThresholds(Config):
@@ -30,18 +32,18 @@ class RepetitionThresholds(Config):
     """Share of characters in them."""
     max_characters_in_repeated_paragraphs: Share = Field(0.2, ge=0, le=1)
     """Share of characters in them."""
-    top_grams: dict[int, float] = {2: 0.2, 3: 0.18, 4: 0.16}
+    top_grams: GramShares = {2: 0.2, 3: 0.18, 4: 0.16}
     """n -> the most that the most frequent sequence of n words may take of the characters, if it is there three
     times."""
-    repeated_grams: dict[int, float] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
+    repeated_grams: GramShares = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
     """n -> the most that sequences of n words which were there before may take of the characters."""
 
 
 class ChineseRepetitionThresholds(RepetitionThresholds):
     """A word has about 1.6 characters: sequences of characters are longer by that."""
 
-    top_grams: dict[int, float] = {3: 0.2, 5: 0.18, 6: 0.16}
-    repeated_grams: dict[int, float] = {8: 0.15, 10: 0.14, 11: 0.13, 13: 0.12, 14: 0.11, 16: 0.1}
+    top_grams: GramShares = {3: 0.2, 5: 0.18, 6: 0.16}
+    repeated_grams: GramShares = {8: 0.15, 10: 0.14, 11: 0.13, 13: 0.12, 14: 0.11, 16: 0.1}
 
 
 class CodeRepetitionThresholds(RepetitionThresholds):
@@ -51,8 +53,8 @@ class CodeRepetitionThresholds(RepetitionThresholds):
     max_repeated_paragraphs: Share = Field(0.4, ge=0, le=1)
     max_characters_in_repeated_lines: Share = Field(0.4, ge=0, le=1)
     max_characters_in_repeated_paragraphs: Share = Field(0.3, ge=0, le=1)
-    top_grams: dict[int, float] = {2: 0.3, 3: 0.3, 4: 0.3}
-    repeated_grams: dict[int, float] = {10: 0.5}
+    top_grams: GramShares = {2: 0.3, 3: 0.3, 4: 0.3}
+    repeated_grams: GramShares = {10: 0.5}
 
 
 class GopherRepetitionSettings(Config):
