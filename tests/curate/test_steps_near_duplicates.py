@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from megalm.curate.document import Document
+from megalm.curate.recipe import build
 from megalm.curate.steps.near_duplicates import NearDuplicates, NearDuplicatesSettings
 from megalm.curate.steps.units import grams, units
+from megalm.errors import MegalmError
 from tests.curate.small_steps import merged
 
 ENGLISH = [f"{a}{b}{c}" for a in ("ba", "ko", "li", "ter") for b in ("ma", "ni", "so", "ru", "pe") for c in "stnlrdgkm"]
@@ -105,6 +107,23 @@ def test_the_best_of_a_cluster_stays(keep, kept, tmp_path):
     assert gone == {"plain", "good", "long"} - {kept}
     assert next(d for d in documents if d.id == kept).metadata["near_duplicates"] == 3
     assert told["clusters by size"] == {"3": 1}
+
+
+def test_a_number_that_some_have_decides_and_one_that_none_has_is_refused(tmp_path):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    texts = [" ".join(ENGLISH)] * 3
+    documents = [Document(str(i), text, {"score": score}) for i, (text, score) in enumerate(zip(texts, ("", None, -9)))]
+    assert removed(step(keep="score"), documents, tmp_path / "a")[0] == {"0", "1"}
+    with pytest.raises(MegalmError, match="no document has a number socre in its metadata: name one that they have"):
+        removed(step(keep="socre"), documents, tmp_path / "b")
+    assert removed(step(keep="socre"), [], tmp_path / "c")[0] == set()
+
+
+@pytest.mark.parametrize("slip,meant", [("longset", "longest"), ("Longest", "longest"), ("fisrt", "first")])
+def test_a_slip_in_keep_is_told_before_the_run(slip, meant):
+    with pytest.raises(ValueError, match=f"steps.0.keep: {slip} is neither .* did you mean {meant}"):
+        build([{"kind": "near_duplicates", "keep": slip}])
 
 
 def test_little_memory_changes_nothing(tmp_path):

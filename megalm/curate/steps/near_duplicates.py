@@ -9,6 +9,7 @@ Shingles are of characters in Chinese and Japanese, of words elsewhere: words th
 after a small edit.
 """
 
+import difflib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megalm.config import Config
 from megalm.curate.document import Document, Rejection
@@ -24,6 +25,7 @@ from megalm.curate.step import Merging
 from megalm.curate.steps.compiled import compiled
 from megalm.curate.steps.records import Groups, Verdicts, check_whole, id_hash, read
 from megalm.curate.steps.units import grams, units
+from megalm.errors import MegalmError
 
 _VERDICT = np.dtype([("id", "<u8"), ("size", "<u4"), ("kept", "u1")])
 _EDGE = np.dtype([("key", "<u8"), ("row", "<u8")])
@@ -42,6 +44,15 @@ class NearDuplicatesSettings(Config):
     """Of the hash functions."""
     memory_mb: float = Field(1024, gt=0)
     """What sorting may take when sketches are merged. The clusters themselves take 28 bytes a document, in files."""
+
+    @field_validator("keep")
+    @classmethod
+    def _no_slip(cls, keep: str) -> str:
+        """Metadata have any name; but one that is nearly a word of ours is a slip, better told now than by merge()."""
+        words = ("longest", "first")
+        if keep not in words and (meant := difflib.get_close_matches(keep.lower(), words, n=1, cutoff=0.75)):
+            raise ValueError(f"{keep} is neither longest, first nor a number's name; did you mean {meant[0]}?")
+        return keep
 
 
 class NearDuplicates(Merging):
@@ -116,7 +127,7 @@ class NearDuplicates(Merging):
                 column("priorities", np.float64),
                 column("ids", "<u8"),
             )
-            place = 0
+            place, numbered = 0, False
             for records in read(paths, self._sketch):
                 rows = np.arange(place, place + len(records), dtype=np.int64)
                 parents[place : place + len(records)] = rows
@@ -126,6 +137,12 @@ class NearDuplicates(Merging):
                 edges["key"], edges["row"] = records["keys"], rows[:, None]
                 groups.add(edges.reshape(-1))
                 place += len(records)
+                numbered = numbered or bool(np.isfinite(records["priority"]).any())
+            if total and not numbered:
+                raise MegalmError(
+                    f"near_duplicates.keep: no document has a number {self.settings.keep} in its metadata: name one "
+                    "that they have, or write longest or first"
+                )
             for part in groups.parts():
                 _unite(parents, part["key"].copy(), part["row"].astype(np.int64))
             sizes, best = column("sizes", np.int32), column("best", np.int64)
