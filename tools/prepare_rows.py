@@ -4,6 +4,7 @@ import argparse
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from megalm.errors import MegalmError, main_guard
 from megalm.sft import formats
@@ -19,13 +20,19 @@ def main() -> None:
     parser.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="default: %(default)s")
     parser.add_argument("--names", type=Path, metavar="FILE", help="tsv: names of the classes, one a line, where the "
                         "data holds their numbers")  # fmt: skip
+    parser.add_argument("--header", choices=formats.HEADERS, help="tsv, conll: what becomes of each file's first "
+                        "line; by default it is refused if it looks like a header")  # fmt: skip
     given = parser.parse_args()
     if not 0 <= given.held_out < 1:
         raise MegalmError(f"--held-out {given.held_out} is not a share from 0 to below 1: 0.1 is a usual one")
     if bool(given.inputs) == given.format.startswith("python-"):
         way = "no files: leave them out" if given.inputs else "files: name at least one"
         raise MegalmError(f"the format {given.format} is read from {way}")
-    options = {}
+    options: dict[str, Any] = {}
+    if given.header:
+        if given.format not in ("tsv", "conll"):
+            raise MegalmError(f"--header belongs to the formats tsv and conll, and not to {given.format}: leave it out")
+        options["header"] = given.header
     if given.names:
         if given.format != "tsv":
             raise MegalmError(f"--names belongs to the format tsv, and {given.format} holds names itself: leave it out")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from megalm.data import corpus
 from megalm.data.python_corpus import docstrings
@@ -18,25 +18,57 @@ Row = dict[str, Any]
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a text file, plain or compressed, without their ends. Raises MegalmError as corpus.read_lines
-    does, and for what is not UTF-8."""
+    """Numbered lines of a text file, plain or compressed, without their ends and a byte order mark. Raises MegalmError
+    as corpus.read_lines does, and for what is not UTF-8."""
     for number, line in enumerate(corpus.read_lines(path), 1):
         try:
-            yield number, line.decode().rstrip("\r\n")
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
             raise MegalmError(f"{path}:{number} is not UTF-8 text: convert the file first") from None
 
 
-def tsv(paths: Sequence[Path], names: Sequence[str] | None = None) -> Iterator[Row]:
+Header = Literal["refuse", "skip", "keep"]
+"""What becomes of a file's first line: refused if it looks like a header, left out, or taken as data."""
+HEADERS: tuple[Header, ...] = get_args(Header)
+_LABEL_COLUMN = re.compile(
+    "labels?|class|category|target|sentiment|polarity|stars|rating|score|ner|((ner|pos)_)?tags?|标签|类别|分类",
+    re.IGNORECASE,
+)
+
+
+def _cells(path: Path, split: Callable[[str], list[str]], header: Header) -> Iterator[tuple[int, list[str]]]:
+    """Numbered lines, cut into cells of which the last is a label.
+
+    Whether a first line that ends in a name of columns is a header shows at the end of the file: a class comes again,
+    as a rule. Raises MegalmError there, as read_lines does elsewhere.
+    """
+    suspect = None
+    for number, line in read_lines(path):
+        cells = split(line)
+        label = cells[-1].strip() if cells else ""
+        if number == 1 and header == "skip":
+            continue
+        if number == 1 and header == "refuse" and _LABEL_COLUMN.fullmatch(label):
+            suspect = label
+        elif label == suspect:
+            suspect = None
+        yield number, cells
+    if suspect is not None:
+        raise MegalmError(
+            f"{path}:1 looks like a header (no other line is labelled {suspect!r}): say --header skip to leave it out, "
+            "or --header keep if it is a row"
+        )
+
+
+def tsv(paths: Sequence[Path], names: Sequence[str] | None = None, header: Header = "refuse") -> Iterator[Row]:
     """text TAB label -> {text, label}; text TAB text TAB label -> {sentence1, sentence2, label}.
 
     names: of the classes, where the file holds their numbers.
     """
     for path in paths:
-        for number, line in read_lines(path):
-            if not line.strip():
+        for number, parts in _cells(path, lambda line: line.split("\t"), header):
+            if not "".join(parts).strip():
                 continue
-            parts = line.split("\t")
             if len(parts) not in (2, 3):
                 raise MegalmError(
                     f"{path}:{number} has {len(parts)} columns between tabs, not text and label, nor two texts "
@@ -47,20 +79,19 @@ def tsv(paths: Sequence[Path], names: Sequence[str] | None = None) -> Iterator[R
                 if not label.isdigit() or int(label) >= len(names):
                     raise MegalmError(
                         f"{path}:{number} says class {label!r}, and the names are numbered 0 to {len(names) - 1}: "
-                        "correct either"
+                        f"correct either{', or say --header skip if it is a header' if number == 1 else ''}"
                     )
                 label = names[int(label)]
             names_of = ("text",) if len(parts) == 2 else ("sentence1", "sentence2")
             yield {**dict(zip(names_of, parts)), "label": label}
 
 
-def conll(paths: Sequence[Path]) -> Iterator[Row]:
+def conll(paths: Sequence[Path], header: Header = "refuse") -> Iterator[Row]:
     """One token and its tag a line (the first and the last column), an empty line between sentences ->
     {tokens, tags}."""
     for path in paths:
         tokens, tags = list[str](), list[str]()
-        for number, line in read_lines(path):
-            parts = line.split("\t") if "\t" in line else line.split()
+        for number, parts in _cells(path, lambda line: line.split("\t" if "\t" in line else None), header):
             if not "".join(parts).strip() or parts[0].startswith("-DOCSTART-"):
                 if tokens:
                     yield {"tokens": tokens, "tags": tags}

@@ -62,6 +62,52 @@ def test_conll_with_and_without_columns_between(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, mark: str) -> None:
+    """Windows' programs write one."""
+    rows = written(tmp_path, "a.tsv", f"{mark}good\tpos\nbad \ufeffx\tneg\n")
+    assert [row["text"] for row in formats.tsv([rows])] == ["good", "bad \ufeffx"]
+    words = written(tmp_path, "a.conll", f"{mark}EU B-ORG\n")
+    assert list(formats.conll([words])) == [{"tokens": ["EU"], "tags": ["B-ORG"]}]
+    assert len(list(formats.semeval([written(tmp_path, "a.txt", mark + SEMEVAL)]))) == 2
+    lines = [written(tmp_path, name, f"{mark}{name}\n") for name in ("en", "zh.gz")]
+    assert list(formats.parallel(lines)) == [{"source": "en", "target": "zh.gz"}]
+    assert list(formats.rows([written(tmp_path, "a.jsonl", mark + '{"a": 1}\n')])) == [{"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("read", "header", "data"),
+    [
+        (formats.tsv, "\ufeffsentence\tlabel\r\n", "good\t1\r\nbad\t0\r\n"),
+        (formats.tsv, "sentence1\tsentence2\tLabel\n", "a\tb\tyes\n"),
+        (formats.tsv, "文本\t标签\n", "好\t褒\n"),
+        (formats.conll, "token tag\n", "EU B-ORG\nrejects O\n"),
+        (formats.conll, "word\tner_tags\n\n", "EU\tB-ORG\n"),
+    ],
+)
+def test_a_header_is_refused_or_left_out_of_each_file(tmp_path: Path, read: object, header: str, data: str) -> None:
+    plain, headed = written(tmp_path, "plain", data), written(tmp_path, "headed", header + data)
+    expected = list(read([plain]))  # type: ignore[operator]
+    with pytest.raises(MegalmError, match=r"headed:1 looks like a header .*--header skip .*--header keep"):
+        list(read([plain, headed]))  # type: ignore[operator]
+    assert list(read([headed, headed], header="skip")) == 2 * expected  # type: ignore[operator]
+    assert header.split()[-1] in str(list(read([headed], header="keep"))[0])  # type: ignore[operator]
+
+
+def test_a_class_that_comes_first_is_no_header(tmp_path: Path) -> None:
+    """Neither if it is rare, nor if it has the name of a column and comes again."""
+    for labels in ("rare a a", "class method class", "x label"):
+        path = written(tmp_path, "a.tsv", "".join(f"text {n}\t{label}\n" for n, label in enumerate(labels.split())))
+        assert [row["label"] for row in formats.tsv([path])] == labels.split()
+
+
+def test_a_header_before_numbered_classes(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.tsv", "review\tstars\nx\t1\n")
+    with pytest.raises(MegalmError, match=r"a\.tsv:1 says class 'stars'.*or say --header skip if it is a header"):
+        list(formats.tsv([path], ["no", "yes"]))
+    assert [row["label"] for row in formats.tsv([path], ["no", "yes"], "skip")] == ["yes"]
+
+
 def test_semeval(tmp_path: Path) -> None:
     assert list(formats.semeval([written(tmp_path, "a.txt", SEMEVAL)])) == [
         {"text": 'An <e1>engine</e1> of a "fast" <e2>car</e2>.', "label": "Component-Whole(e1,e2)"},
@@ -154,5 +200,7 @@ def test_the_command_parts_rows_and_says_how_many(tmp_path: Path) -> None:
     assert f"{len(parts['train'])} rows to train on, {len(parts['held_out'])} held out" in said
     assert sorted(int(row["text"].split()[1]) for part in parts.values() for row in part) == list(range(300))
     assert 10 < len(parts["held_out"]) < 60
+    subprocess.run([*command, "--held-out", "0", "--header", "skip"], check=True)
+    assert (tmp_path / "rows" / "train.jsonl").read_text().count("\n") == 299
     wrong = subprocess.run([*command, "--held-out", "1"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "is not a share" in wrong.stderr
