@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,14 +30,31 @@ class Example:
     ids: np.ndarray
     """[n] ids the model reads."""
     labels: np.ndarray
-    """[n] what each position should say: the next id for a language model (already shifted), a class for a head;
-    [n, labels] of 0 and 1 where several classes may be true."""
+    """[n] what each position should say: the next id for a language model (already shifted), a class for a head.
+    Or [trained, labels], several for each position that is trained: a thousand classes for every token would be a
+    thousand times the text."""
     weights: np.ndarray
     """[n] 1 where a position is trained, else 0."""
 
     def cut(self, length: int) -> "Example":
         """Its first `length` positions."""
-        return Example(self.ids[:length], self.labels[:length], self.weights[:length])
+        weights = self.weights[:length]
+        labels = length if self.labels.ndim == 1 else np.count_nonzero(weights)
+        return Example(self.ids[:length], self.labels[:labels], weights)
+
+    def compact(self) -> "Example":
+        """As ExampleSet holds it, and nothing beside (sft.task.Shortened knows the whole row)."""
+        ids, labels = (each.astype(np.int32, order="C", copy=False) for each in (self.ids, self.labels))
+        return Example(ids, labels, self.weights.astype(np.uint8, order="C", copy=False))
+
+    @property
+    def placed_labels(self) -> np.ndarray:
+        """[n] or [n, labels]: those of each position; 0 for one that is not trained and has none of its own."""
+        if self.labels.ndim == 1:
+            return self.labels
+        placed = np.zeros((len(self.ids), self.labels.shape[1]), self.labels.dtype)
+        placed[np.flatnonzero(self.weights)] = self.labels
+        return placed
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,7 @@ class ExampleSet:
     ids: np.ndarray
     """[tokens] int32."""
     labels: np.ndarray
-    """[tokens] or [tokens, labels] int32."""
+    """[tokens] or [trained, labels] int32."""
     weights: np.ndarray
     """[tokens] uint8."""
     offsets: np.ndarray
@@ -62,23 +80,31 @@ class ExampleSet:
     @staticmethod
     def of(examples: Iterable[tuple[Example, int, int]], files: Sequence[str], report: str = "") -> "ExampleSet":
         """examples: each with the number of its file in `files` and its row there, from 1; at least one."""
-        found = list(examples)
-        offsets = np.cumsum([0, *(len(example.ids) for example, _, _ in found)], dtype=np.int64)
-        ids = np.concatenate([example.ids for example, _, _ in found]).astype(np.int32)
-        labels = np.concatenate([example.labels for example, _, _ in found]).astype(np.int32)
-        weights = np.concatenate([example.weights for example, _, _ in found]).astype(np.uint8)
+        found = [(example.compact(), file, row) for example, file, row in examples]
+        offsets = np.cumsum([0, *(len(example.ids) for example, *_ in found)], dtype=np.int64)
+        ids, labels, weights = (
+            np.concatenate([getattr(example, name) for example, *_ in found]) for name in ("ids", "labels", "weights")
+        )
         origins = np.array([place for _, *place in found], np.int64)
         digest = hashlib.sha256(repr(labels.shape[1:]).encode())
-        for array in (ids, labels, weights, offsets):
-            digest.update(np.ascontiguousarray(array).data)
+        digest.update(ids.data)
+        for example, *_ in found:  # placed, as all labels once were kept: checkpoints hold this hash
+            digest.update(example.placed_labels.data)
+        digest.update(weights.data)
+        digest.update(offsets.data)
         return ExampleSet(ids, labels, weights, offsets, origins, list(files), report, digest.hexdigest())
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, number: int) -> Example:
-        here = slice(self.offsets[number], self.offsets[number + 1])
-        return Example(self.ids[here], self.labels[here], self.weights[here])
+        here, bounds = slice(self.offsets[number], self.offsets[number + 1]), self._label_offsets
+        return Example(self.ids[here], self.labels[bounds[number] : bounds[number + 1]], self.weights[here])
+
+    @cached_property
+    def _label_offsets(self) -> np.ndarray:
+        """[examples + 1] where the labels of each example begin."""
+        return self.offsets if self.labels.ndim == 1 else np.searchsorted(np.flatnonzero(self.weights), self.offsets)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -227,7 +253,7 @@ class Rows:
                 example = self.sets[row[0]][number]
                 ids = example.ids if self._augment is None else self._augment(example.ids, int(sample), start)
                 tokens[place, start:end] = ids
-                labels[place, start:end] = example.labels
+                labels[place, start:end] = example.placed_labels
                 mask[place, start:end] = example.weights
                 segments[place, start:end] = segment
                 positions[place, start:end] = np.arange(end - start)

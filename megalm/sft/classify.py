@@ -55,7 +55,7 @@ class TextClassification(HeadTask):
 
         def example(length: int) -> Example:
             here = np.array(ids(length))
-            labels = np.zeros((len(here), len(self.labels)) if self.config.multi_label else len(here), np.int64)
+            labels = np.zeros((1, len(self.labels)) if self.config.multi_label else len(here), np.int64)
             if self.config.multi_label:
                 labels[-1, numbers] = 1
             else:

@@ -167,7 +167,7 @@ def read_examples(
                     report.add(f"cut to {sequence_length:,} tokens", place)
                     example = example.cut(sequence_length)
                 if example.weights.any():
-                    found.append((example, number, line))
+                    found.append((example.compact(), number, line))
                 else:
                     report.add("nothing in it is trained", place)
     if not found:

@@ -98,9 +98,9 @@ class QuestionAnswering(HeadTask):
             within = np.flatnonzero((window.spans[:, 1] > start) & (window.spans[:, 0] < stop))
             if len(within) and window.spans[within[0], 0] <= start and window.spans[within[-1], 1] >= stop:
                 begin, end = window.first + within[0], window.first + within[-1]
-        labels, weights = np.zeros((len(window.ids), 3), np.int64), np.zeros(len(window.ids), np.uint8)
-        labels[0], weights[0] = (begin, end, len(window.ids)), 1
-        return Example(np.array(window.ids), labels, weights)
+        weights = np.zeros(len(window.ids), np.uint8)
+        weights[0] = 1
+        return Example(np.array(window.ids), np.array([(begin, end, len(window.ids))]), weights)
 
     def predict(self, row: Mapping[str, Any], logits: Sequence[np.ndarray]) -> Prediction:
         context, question = self.text(row, "context"), self.text(row, "question")

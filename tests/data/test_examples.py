@@ -1,5 +1,7 @@
 """Rows of examples against an obvious reference: every example in a row once, alone in its segment."""
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,9 @@ def some(count: int = 60, seed: int = 0, classes: int = 0) -> ExampleSet:
     examples = []
     for row in range(1, count + 1):
         size = int(np.minimum(random.geometric(0.12) + 1, LENGTH))
-        labels = random.integers(0, 2, (size, classes)) if classes else random.integers(0, 90, size)
         weights = (random.random(size) < 0.7).astype(np.uint8)
         weights[-1] = 1
+        labels = random.integers(0, 2, (weights.sum(), classes)) if classes else random.integers(0, 90, size)
         examples.append((Example(random.integers(0, 90, size), labels, weights), 0, row))
     return ExampleSet.of(examples, ["rows.jsonl"])
 
@@ -75,12 +77,48 @@ def test_every_example_is_alone_in_its_segment(arrangement: str, classes: int) -
             assert (batch.segment_ids[0] == segment).nonzero()[0].tolist() == list(range(start, stop))
             np.testing.assert_array_equal(batch.positions[0, start:stop], np.arange(stop - start))
             np.testing.assert_array_equal(batch.tokens[0, start:stop], expected.ids)
-            np.testing.assert_array_equal(batch.labels[0, start:stop], expected.labels)
+            np.testing.assert_array_equal(batch.labels[0, start:stop], expected.placed_labels)
             np.testing.assert_array_equal(batch.loss_mask[0, start:stop], expected.weights)
         assert (batch.tokens[0, stop:] == PAD).all() and not batch.loss_mask[0, stop:].any()
         assert (batch.segment_ids[0, stop:] == segment + 1).all()
         assert batch.tokens.shape[1] == (LENGTH if arrangement == "packed" else stop)
     assert sorted(met) == list(range(60))
+
+
+@pytest.mark.parametrize("arrangement", ["packed", "padded", "sorted"])
+def test_labels_of_trained_positions_make_the_batches_that_labels_of_all_made(tmp_path: Path, arrangement: str) -> None:
+    """They were kept for every position, 0 where none is trained: batches and fingerprints are the same bit for bit."""
+    random = np.random.default_rng(5)
+    weights = [np.append(random.random(size - 1) < 0.3, True).astype(np.uint8) for size in random.integers(1, 30, 50)]
+    ids = [random.integers(0, 90, len(each)) for each in weights]
+    every = [random.integers(0, 2, (len(each), 7)) * each[:, None] for each in weights]
+    made = [Example(a, b[c == 1], c) for a, b, c in zip(ids, every, weights)]
+    ExampleSet.of([(example, 0, row) for row, example in enumerate(made, 1)], ["f"]).save(tmp_path / "kept")
+    examples = ExampleSet.load(tmp_path / "kept")
+    assert examples.labels.shape == (sum(map(np.sum, weights)), 7) and examples.labels.dtype == np.int32
+
+    digest = hashlib.sha256(repr((7,)).encode())
+    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+    for arrays, kind in ((ids, np.int32), (every, np.int32), (weights, np.uint8), ([offsets], np.int64)):
+        digest.update(np.concatenate(arrays).astype(kind).tobytes())
+    assert examples.fingerprint == digest.hexdigest()
+
+    rows = rows_of(examples, arrangement=arrangement)
+    numbers = range(rows.corpora[0].samples)
+    batch = rows.batch([*((0, number) for number in numbers), None], np.arange(len(numbers) + 1))
+    expected = np.zeros((*batch.tokens.shape, 7), np.int64)
+    for place in numbers:
+        for example, start, stop in rows.examples_in(place):
+            expected[place, start:stop] = every[example]
+    assert batch.labels.dtype == np.int64 and np.array_equal(batch.labels, expected)
+
+
+def test_a_cut_keeps_the_labels_of_what_is_left() -> None:
+    weights, labels = np.array([0, 1, 0, 1, 1]), np.arange(6).reshape(3, 2)
+    cut = Example(np.arange(5), labels, weights).cut(4)
+    assert cut.labels.tolist() == [[0, 1], [2, 3]]
+    assert cut.placed_labels.tolist() == [[0, 0], [0, 1], [0, 0], [2, 3]]
+    assert Example(np.arange(5), np.arange(5), weights).cut(2).labels.tolist() == [0, 1]
 
 
 def test_rows_are_as_long_as_they_must_be() -> None:

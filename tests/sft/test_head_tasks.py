@@ -219,7 +219,7 @@ def certain(task: HeadTask, row: Row) -> list[np.ndarray]:
             logits[begin, 0] = logits[end, 1] = 5.0
         else:
             for place in np.flatnonzero(example.weights):
-                truth = example.labels[place]
+                truth = example.placed_labels[place]
                 logits[place] = 4.0 * truth - 2.0 if truth.ndim else 3.0 * np.eye(len(task.labels))[truth]
         found.append(logits)
     return found

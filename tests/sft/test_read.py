@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 
@@ -13,7 +14,7 @@ from megalm.data.config import DataConfig, SourceConfig
 from megalm.data.examples import Example, ExampleSet
 from megalm.errors import MegalmError
 from megalm.sft.config import TaskConfig
-from megalm.sft.open import check_rows, keep_examples, open_task
+from megalm.sft.open import FORMAT, check_rows, keep_examples, open_task
 from megalm.sft.read import read_examples, read_rows
 from megalm.sft.task import Task
 from megalm.tokenizer.base import Tokenizer
@@ -91,8 +92,6 @@ class Silent:
     facts: Mapping[str, Any] = {}
 
     def examples(self, row: Mapping[str, Any]) -> list[Example]:
-        import numpy as np
-
         zeros = np.zeros(3, int)
         return [Example(zeros, zeros, zeros)]
 
@@ -127,6 +126,26 @@ def test_an_all_zero_mask_is_no_example(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(MegalmError, match="nothing in it is trained: 5"):
         read_examples(Silent(), path, 64, "truncate")
+
+
+def test_many_classes_take_room_for_trained_positions_only(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": f"{n} " + "x" * 90, "label": ["3", str(n)]} for n in range(9)])
+    config = TaskConfig(kind="text_classification", multi_label=True, labels=[str(n) for n in range(1000)])
+    examples = read_examples(open_task(config, DataConfig(), tokenizer, 64), path, 64, "truncate")
+    assert len(examples.ids) == 9 * 64 and examples.labels.shape == (9, 1000)
+    assert [np.flatnonzero(examples[n].placed_labels[-1]).tolist() for n in (0, 3, 5)] == [[0, 3], [3], [3, 5]]
+    assert not any(each.placed_labels[:-1].any() for each in map(examples.__getitem__, range(9)))
+
+
+def test_arrays_of_an_earlier_format_are_made_anew(
+    task: Task, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    settings = (task, TaskConfig(kind="continuation"), str(path), tokenizer, 64, tmp_path / "examples")
+    kept = keep_examples(*settings)
+    assert FORMAT > 1, "1 had labels of several classes for every position"
+    monkeypatch.setattr("megalm.sft.open.FORMAT", 1)
+    assert keep_examples(*settings) != kept
 
 
 def test_examples_are_made_once(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
