@@ -10,10 +10,10 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from megalm.command_line import count, count_or_zero
 from megalm.errors import MegalmError, main_guard
 
 
@@ -36,16 +36,6 @@ def _closest(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f": it has {', '.join(known)}"
 
 
-def at_least(least: int, text: str) -> int:
-    """A whole number on the command line."""
-    if not text.removeprefix("-").isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} on")
-    return int(text)
-
-
-count = partial(at_least, 1)
-
-
 def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; repeatable")
@@ -62,7 +52,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     add_training(submit)
     submit.add_argument("--site", metavar="FILE", help="site profile (docs/launch.md); default: $MEGALM_SITE")
     submit.add_argument("--nodes", type=count, metavar="N")
-    submit.add_argument("--gpus-per-node", type=partial(at_least, 0), metavar="N")
+    submit.add_argument("--gpus-per-node", type=count_or_zero, metavar="N")
     submit.add_argument("--ranks-per-node", type=count, metavar="N", help="where it is not the number of GPUs")
     submit.add_argument("--partition", metavar="NAME")
     submit.add_argument("--account", metavar="NAME")

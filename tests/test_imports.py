@@ -21,6 +21,7 @@ ALLOWED = {
     "config": set[str](),
     "layout": set[str](),
     "disk": set[str](),
+    "command_line": set[str](),
     "nvidia_apex": set[str](),
     "nn": {"config", "nvidia_apex"},
     "models": {"nn", "config"},

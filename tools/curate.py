@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 
+from megalm.command_line import count
 from megalm.config import load
 from megalm.curate import executor, slurm
 from megalm.curate.plan import Plan, opened, prepare
@@ -24,9 +25,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
     parser.add_argument("--executor", choices=("local", "slurm"), default="local", help="default: %(default)s")
     parser.add_argument(
-        "--workers", type=int, default=_cores(), metavar="N", help="processes (default: %(default)s, one per core)"
+        "--workers", type=count, default=_cores(), metavar="N", help="processes (default: %(default)s, one per core)"
     )
-    parser.add_argument("--jobs", type=int, default=16, metavar="N", help="slurm: elements of an array (default: 16)")
+    parser.add_argument("--jobs", type=count, default=16, metavar="N", help="slurm: elements of an array (default: 16)")
     parser.add_argument(
         "--sbatch",
         default="",
@@ -40,8 +41,6 @@ def main() -> None:
         help="one part, as the jobs do: phase:N, merge:N (before phase N), finish; or report: how far it is",
     )
     arguments = parser.parse_args()
-    if min(arguments.workers, arguments.jobs) < 1:
-        raise MegalmError(f"--workers {arguments.workers} --jobs {arguments.jobs}: choose at least 1")
     recipe = load(arguments.config, Recipe, arguments.set)
 
     if arguments.only is not None:

@@ -13,13 +13,12 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from megalm.command_line import count, count_or_zero
 from megalm.errors import MegalmError, main_guard
 
 
 def main() -> None:
     given = arguments()
-    if given.batch_size < 1:
-        raise MegalmError(f"batch size {given.batch_size} is not 1 or more: 16 is a usual one")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if given.hf and (given.tensor, given.pipeline) != (1, 1):
         raise MegalmError(
@@ -78,7 +77,7 @@ def arguments() -> argparse.Namespace:
         metavar="DIR",
         help="read datasets from here, offline: DIR/NAME-ON-THE-HUB, and paths in task files (default: as they are)",
     )
-    add("--shots", type=int, metavar="N", help="examples before each question (default: as the task says)")
+    add("--shots", type=count_or_zero, metavar="N", help="examples before each question (default: as the task says)")
     add("--apply-chat-template", action="store_true", help="ask in a chat, by the template beside the tokenizer")
     add("--system", metavar="TEXT", help="what stands before each question, in a chat as its system message")
     add(
@@ -86,9 +85,15 @@ def arguments() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="examples are turns of the chat, not text before the question (default: yes in a chat)",
     )
-    add("--limit", type=int, metavar="N", help="only the first N documents of each task, for a trial")
-    add("--batch-size", type=int, default=16, metavar="N", help="rows in one pass (default: %(default)s)")
-    add("--bootstrap", type=int, default=1000, metavar="N", help="draws for standard errors (default: %(default)s)")
+    add("--limit", type=count, metavar="N", help="only the first N documents of each task, for a trial")
+    add("--batch-size", type=count, default=16, metavar="N", help="rows in one pass (default: %(default)s)")
+    add(
+        "--bootstrap",
+        type=count_or_zero,
+        default=1000,
+        metavar="N",
+        help="draws for standard errors (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of few-shot examples and sampling (default: 0)")
     add("--output", type=Path, metavar="FILE", help="default: RUN/evaluation/step-N.json, or evaluation.json in DIR")
     add("--samples", action="store_true", help="also write every question and answer, a .jsonl per task beside it")

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megalm.command_line import count, count_or_zero
 from megalm.errors import MegalmError, main_guard
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ Generate = Callable[..., Any]
 
 def main() -> None:
     given = arguments()
-    if given.batch_size < 1:
-        raise MegalmError(f"batch size {given.batch_size} is not 1 or more: 16 is a usual one")
     if given.chat and given.prompts:
         raise MegalmError("--chat holds one conversation: leave out --prompts, or --chat")
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -108,10 +107,18 @@ def arguments() -> argparse.Namespace:
         metavar="FILE",
         help='many: one a line, or .jsonl of {"prompt": TEXT}; prints {"prompt": TEXT, "text": TEXT} for each',
     )
-    add("--batch-size", type=int, default=16, metavar="N", help="of --prompts, so many at once (default: %(default)s)")
+    add(
+        "--batch-size", type=count, default=16, metavar="N", help="of --prompts, so many at once (default: %(default)s)"
+    )
     add("--chat", action="store_true", help="answer --prompt, or each line of standard input")
     add("--system", metavar="TEXT", help="with --chat: the system message")
-    add("--max-new-tokens", type=int, default=200, metavar="N", help="stop after so many (default: %(default)s)")
+    add(
+        "--max-new-tokens",
+        type=count_or_zero,
+        default=200,
+        metavar="N",
+        help="stop after so many (default: %(default)s)",
+    )
     add("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy, 1 the model's own (default: 0.8)")
     add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens (default: all)")
@@ -142,6 +149,8 @@ def read_prompts(given: argparse.Namespace) -> list[str]:
         raise MegalmError(f"the prompt on {where} is not UTF-8 text (at byte {error.start})") from None
     if given.prompts is None:
         return [text.removesuffix("\n")]
+    if not text.strip():
+        raise MegalmError(f"{given.prompts} holds no prompt: write one a line")
     lines = text.removesuffix("\n").split("\n")
     if given.prompts.suffix != ".jsonl":
         return lines

@@ -6,6 +6,7 @@ import sys
 
 from tqdm import tqdm
 
+from megalm.command_line import count
 from megalm.data import corpus, python_corpus
 from megalm.errors import MegalmError, main_guard
 
@@ -37,12 +38,12 @@ def main() -> None:
     parser.add_argument("--text-field", default="text", metavar="NAME", help="key of the text in JSONL (default: text)")
     parser.add_argument(
         "--max-characters",
-        type=int,
+        type=count,
         default=corpus.MAX_CHARACTERS,
         metavar="N",
         help="cut longer text files at paragraph or line ends (default: %(default)s)",
     )
-    parser.add_argument("--limit-characters", type=int, metavar="N", help="stop once this much was written")
+    parser.add_argument("--limit-characters", type=count, metavar="N", help="stop once this much was written")
     arguments = parser.parse_args()
     if not arguments.inputs and not arguments.python:
         raise MegalmError("there is nothing to gather: name files or folders, or pass --python")

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from megalm.command_line import count
 from megalm.errors import main_guard
 from megalm.sft.report import write_report
 
@@ -10,7 +11,9 @@ from megalm.sft.report import write_report
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, which holds metrics.jsonl")
-    parser.add_argument("--worst", type=int, default=20, metavar="N", help="examples per corpus (default: %(default)s)")
+    parser.add_argument(
+        "--worst", type=count, default=20, metavar="N", help="examples per corpus (default: %(default)s)"
+    )
     arguments = parser.parse_args()
 
     print(write_report(arguments.run, arguments.worst))

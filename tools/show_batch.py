@@ -10,6 +10,7 @@ from itertools import groupby
 
 import numpy as np
 
+from megalm.command_line import count
 from megalm.config import load
 from megalm.data.batch import Batch
 from megalm.data.examples import Rows
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="of the run; nothing is written in its folder")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key; repeatable")
     parser.add_argument("--step", type=int, default=1, metavar="N", help="of the run, from 1 (default: 1)")
-    parser.add_argument("--rows", type=int, default=4, metavar="N", help="of the step's batch (default: 4)")
+    parser.add_argument("--rows", type=count, default=4, metavar="N", help="of the step's batch (default: 4)")
     parser.add_argument("--colour", choices=("auto", "always", "never"), default="auto", help="default: on a terminal")
     given = parser.parse_args()
     if given.step < 1:

@@ -2,6 +2,7 @@
 
 import argparse
 
+from megalm.command_line import count
 from megalm.data.index import ShardReader
 from megalm.errors import main_guard
 from megalm.tokenizer.load import load
@@ -11,8 +12,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="for example OUTPUT/train")
     parser.add_argument("--tokenizer", metavar="PATH", help="print documents as text; must be the one of the shards")
-    parser.add_argument("--documents", type=int, default=3, metavar="N", help="documents to print (default: 3)")
-    parser.add_argument("--characters", type=int, default=300, metavar="N", help="of each document (default: 300)")
+    parser.add_argument("--documents", type=count, default=3, metavar="N", help="documents to print (default: 3)")
+    parser.add_argument("--characters", type=count, default=300, metavar="N", help="of each document (default: 300)")
     parser.add_argument("--verify", action="store_true", help="read every byte and compare checksums")
     arguments = parser.parse_args()
     tokenizer = load(arguments.tokenizer) if arguments.tokenizer else None
@@ -20,8 +21,8 @@ def main() -> None:
         reader = ShardReader(folder, tokenizer, arguments.verify)
         show(reader)
         if tokenizer is not None:
-            count = min(arguments.documents, reader.documents)
-            for number in (i * reader.documents // count for i in range(count)):
+            shown = min(arguments.documents, reader.documents)
+            for number in (i * reader.documents // shown for i in range(shown)):
                 ids = reader.document(number)
                 print(f"--- document {number:,}, {len(ids):,} tokens")
                 print(tokenizer.decode(ids[: arguments.characters])[: arguments.characters])

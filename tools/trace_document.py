@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from megalm.command_line import count
 from megalm.config import load
 from megalm.curate.recipe import Recipe
 from megalm.curate.trace import Stage, find, trace
@@ -15,7 +16,7 @@ def main() -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or recipe.yaml of an output folder")
     parser.add_argument("id", metavar="ID", help="of a document, as the report and the output have it")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
-    parser.add_argument("--lines", type=int, default=12, metavar="N", help="of each change and text (default: 12)")
+    parser.add_argument("--lines", type=count, default=12, metavar="N", help="of each change and text (default: 12)")
     parser.add_argument("--json", action="store_true", help="a JSON object per step instead")
     arguments = parser.parse_args()
     recipe = load(arguments.recipe, Recipe, arguments.set)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 
+from megalm.command_line import count
 from megalm.curate.steps.quality_classifier import train
 from megalm.data.corpus import JsonlReader, Tally
 from megalm.errors import main_guard
@@ -20,16 +21,16 @@ def main() -> None:
     parser.add_argument("--text-field", default="text", metavar="NAME", help="key of the text in JSONL (default: text)")
     parser.add_argument(
         "--most",
-        type=int,
+        type=count,
         default=200_000,
         metavar="N",
         help="texts of each kind, which bounds memory (default: %(default)s)",
     )
-    parser.add_argument("--bits", type=int, default=20, metavar="N", help="2^N weights (default: %(default)s)")
+    parser.add_argument("--bits", type=count, default=20, metavar="N", help="2^N weights (default: %(default)s)")
     parser.add_argument(
-        "--ngrams", type=int, default=2, metavar="N", help="words in a row at most (default: %(default)s)"
+        "--ngrams", type=count, default=2, metavar="N", help="words in a row at most (default: %(default)s)"
     )
-    parser.add_argument("--passes", type=int, default=5, metavar="N", help="over the texts (default: %(default)s)")
+    parser.add_argument("--passes", type=count, default=5, metavar="N", help="over the texts (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order and held-out share (default: 0)")
     arguments = parser.parse_args()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
+from megalm.command_line import count
 from megalm.data.corpus import JsonlReader, Tally
 from megalm.errors import main_guard
 from megalm.tokenizer.train import CHAT_TOKENS, train
@@ -27,7 +28,7 @@ def main() -> None:
     )
     parser.add_argument("--text-field", default="text", metavar="NAME", help="key of the text in JSONL (default: text)")
     parser.add_argument(
-        "--sample-megabytes", type=int, default=100, metavar="N", help="text to train on, which bounds memory"
+        "--sample-megabytes", type=count, default=100, metavar="N", help="text to train on, which bounds memory"
     )
     arguments = parser.parse_args()
 

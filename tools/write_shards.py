@@ -7,6 +7,7 @@ import time
 
 from tqdm import tqdm
 
+from megalm.command_line import count
 from megalm.data.shards import Progress, write
 from megalm.errors import main_guard
 
@@ -25,9 +26,9 @@ def main() -> None:
         "--held-out", type=float, default=0.01, metavar="SHARE", help="share of documents (default: %(default)s)"
     )
     parser.add_argument(
-        "--workers", type=int, default=_cores(), metavar="N", help="processes (default: %(default)s, one per core)"
+        "--workers", type=count, default=_cores(), metavar="N", help="processes (default: %(default)s, one per core)"
     )
-    parser.add_argument("--shard-megabytes", type=int, default=256, metavar="N", help="default: %(default)s")
+    parser.add_argument("--shard-megabytes", type=count, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="key of the text in JSONL (default: text)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     arguments = parser.parse_args()

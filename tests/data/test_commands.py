@@ -1,5 +1,6 @@
 """The commands from documents to shards, as they are typed."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -66,6 +67,26 @@ def test_one_worker_per_core_that_the_process_may_use() -> None:
     finally:
         os.sched_setaffinity(0, before)
     assert "(default: 1, one per core)" in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    ("tool", "option", "number", "least"),
+    [
+        ("prepare_corpus", "--max-characters", "0", 1),
+        ("prepare_corpus", "--limit-characters", "-5", 1),
+        ("write_shards", "--shard-megabytes", "0", 1),
+        ("write_shards", "--workers", "two", 1),
+        ("show_shards", "--documents", "-1", 1),
+        ("generate", "--max-new-tokens", "-1", 0),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(
+    tool: str, option: str, number: str, least: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [tool, option, number])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"tools.{tool}").main()
+    assert f"argument {option}: {number} is not a whole number from {least} on\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

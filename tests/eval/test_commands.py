@@ -109,6 +109,9 @@ def test_generate_many_and_stop(
     lines.write_text('{"prompt": 3}\n')
     with pytest.raises(MegalmError, match=r"prompts.jsonl line 1 is not an object with a text named prompt"):
         here(main, capsys, monkeypatch, run, "--prompts", lines)
+    plain.write_text("\n")
+    with pytest.raises(MegalmError, match=r"prompts.txt holds no prompt: write one a line$"):
+        here(main, capsys, monkeypatch, run, "--prompts", plain)
     with pytest.raises(MegalmError, match=r"start it with torchrun --nproc-per-node 2"):
         here(main, capsys, monkeypatch, run, "--prompt", "x", "--tensor", 2)
     with pytest.raises(MegalmError, match=r"--tensor 2 x --pipeline 3 .* 6 ranks and 1 was started: .* 6$"):
