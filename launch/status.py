@@ -82,7 +82,8 @@ def describe(run: Path) -> list[str]:
         lines.append(f"step {record['step']} of {of}{ago}, loss {'nan' if loss is None else f'{loss:.4f}'}{speed}")
     else:
         lines.append("no step yet")
-    lines.append(f"newest checkpoint: step {newest_step(run)}")
+    saved = newest_step(run)
+    lines.append(f"newest checkpoint: {f'step {saved}' if saved else 'none yet'}")
     for number in jobs_of(run):
         try:
             record_of_job = slurm.job(number)
