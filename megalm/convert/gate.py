@@ -232,9 +232,11 @@ def _compare_tokenizers(transformers: Any, tokenizer: Tokenizer, folder: Path) -
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' bars and reports, whose content is checked here."""
+    """Without transformers' bars and reports, whose content is checked here, and without what torchao, which
+    transformers imports with its models, says of kernels for other torches."""
     log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    level, bars, others = log.get_verbosity(), log.is_progress_bar_enabled(), logging.root.manager.disable
+    logging.disable(logging.WARNING)
     log.set_verbosity(logging.CRITICAL)
     log.disable_progress_bar()
     try:
@@ -242,6 +244,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        logging.disable(others)
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()

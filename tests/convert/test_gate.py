@@ -1,5 +1,6 @@
 """What the gate lets through is right: each mistake that a table could hold is planted, and fails the command."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalm.convert import architectures, conversion, tokenizer_files
+from megalm.convert import architectures, conversion, gate, tokenizer_files
 from megalm.convert.architectures import ARCHITECTURES, Architecture
 from megalm.convert.conversion import from_hf, to_hf
 from megalm.convert.mapping import Fused, FusedByHead, Key, Rope, Same, Transposed, Vocabulary
@@ -213,3 +214,12 @@ def test_another_tokenizer_is_caught(
     with pytest.raises(MegalmError, match="other ids"):
         to_hf(subjects["llama"], tmp_path / "hf")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_other_libraries_say_of_themselves_stays_out(caplog: pytest.LogCaptureFixture) -> None:
+    import transformers
+
+    with gate._quiet(transformers):
+        logging.getLogger("torchao").warning("Failed to load a kernel")
+    logging.getLogger("torchao").warning("afterwards it speaks again")
+    assert caplog.messages == ["afterwards it speaks again"]
