@@ -56,7 +56,8 @@ TRAIN = $(PYTHON) megalm/train.py --set train.precision=$(PRECISION)
 
 demo: setup ## train a small model on real text and let it write; CORPUS=path for your own text
 	@$(PYTHON) tools/prepare_corpus.py $(or $(CORPUS),--python) --output $(DEMO)/corpus.jsonl.zst
-	@$(PYTHON) tools/train_tokenizer.py --corpus $(DEMO)/corpus.jsonl.zst --output $(DEMO)/tokenizer --vocab-size 4096
+	@$(PYTHON) tools/train_tokenizer.py --corpus $(DEMO)/corpus.jsonl.zst --output $(DEMO)/tokenizer --vocab-size 4096 \
+		--overwrite
 	@$(PYTHON) tools/write_shards.py --corpus $(DEMO)/corpus.jsonl.zst --tokenizer $(DEMO)/tokenizer \
 		--output $(DEMO)/shards --held-out 0.03 --overwrite
 	@$(TRAIN) --config configs/demo.yaml

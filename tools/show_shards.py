@@ -3,6 +3,7 @@
 import argparse
 
 from megalm.command_line import count
+from megalm.data.corpus import listed
 from megalm.data.index import ShardReader
 from megalm.errors import main_guard
 from megalm.tokenizer.load import load
@@ -33,9 +34,8 @@ def show(reader: ShardReader) -> None:
     index = reader.index
     tokenizer = index["tokenizer"]
     size = sum(shard["bytes"] for shard in index["shards"])
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in index["skipped"].items()) or "nothing"
     print(f"{reader.folder}")
-    print(f"  documents    {reader.documents:,} (skipped: {skipped})")
+    print(f"  documents    {reader.documents:,} (skipped: {listed(index['skipped'])})")
     print(f"  tokens       {reader.tokens_total:,}, {reader.tokens_total / reader.documents:,.0f} per document")
     print(f"  shards       {len(index['shards'])}, {size / 2**20:,.1f} MiB, {reader.dtype.name}")
     print(f"  fingerprint  {reader.fingerprint}")

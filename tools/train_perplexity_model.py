@@ -10,7 +10,7 @@ import numpy as np
 
 from megalm.curate.steps.kneser_ney import KneserNey
 from megalm.curate.steps.perplexity import MODEL, TOKENIZER, PerplexityModel, lines_of
-from megalm.data.corpus import JsonlReader, Tally
+from megalm.data.corpus import JsonlReader, Tally, listed
 from megalm.errors import MegalmError, main_guard
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load
@@ -83,12 +83,13 @@ def _train(arguments: argparse.Namespace, tokenizer: Tokenizer, folder: Path) ->
     try:
         model = KneserNey(lines(), arguments.order, arguments.prune)
     except MegalmError as error:
-        raise MegalmError(f"{error} (read: {tally.summary()})") from None
+        raise MegalmError(f"{error} (skipped: {listed(tally.skipped)})") from None
     model.write(folder / MODEL)
     tokenizer.save(folder / TOKENIZER)
     sizes = " ".join(f"{size:,}" for size in model.sizes)
     rest = "; the rest of the corpus was not read (--most-tokens)" if tokens >= arguments.most_tokens else ""
-    return aside, f"{tokens:,} tokens of {tally.summary()}{rest}; n-grams of length 1 to {arguments.order}: {sizes}"
+    skipped = listed(tally.skipped)
+    return aside, f"{tokens:,} tokens{rest}; skipped: {skipped}; n-grams of length 1 to {arguments.order}: {sizes}"
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from megalm.command_line import count
-from megalm.data.corpus import JsonlReader, Tally
-from megalm.errors import main_guard
+from megalm.data.corpus import JsonlReader, Tally, listed
+from megalm.errors import MegalmError, main_guard
+from megalm.tokenizer.load import is_tokenizer
 from megalm.tokenizer.train import CHAT_TOKENS, train
 
 
@@ -30,14 +31,26 @@ def main() -> None:
     parser.add_argument(
         "--sample-megabytes", type=count, default=100, metavar="N", help="text to train on, which bounds memory"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer of an existing folder")
     arguments = parser.parse_args()
+    if is_tokenizer(arguments.output) and not arguments.overwrite:
+        raise MegalmError(
+            f"{arguments.output} holds a tokenizer, which shards written with it need: name another folder, or pass "
+            "--overwrite to replace it"
+        )
 
     def read_texts() -> Iterator[str]:
-        reader = JsonlReader(arguments.corpus, Tally(), arguments.text_field)
+        tally, document = Tally(), None
+        reader = JsonlReader(arguments.corpus, tally, arguments.text_field)
         with tqdm(total=reader.total_bytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
             for document in reader:
                 yield document.text
                 bar.update(reader.bytes_read - bar.n)
+        if document is None:
+            raise MegalmError(
+                f"{', '.join(arguments.corpus)} holds no text to train on (skipped: {listed(tally.skipped)}): name a "
+                "corpus that does, or its --text-field"
+            )
 
     print(f"training a {arguments.model} vocabulary of {arguments.vocab_size} (reads the corpus twice, then counts)")
     started = time.monotonic()

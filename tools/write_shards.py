@@ -8,6 +8,7 @@ import time
 from tqdm import tqdm
 
 from megalm.command_line import count
+from megalm.data.corpus import listed
 from megalm.data.shards import Progress, write
 from megalm.errors import main_guard
 
@@ -55,8 +56,7 @@ def main() -> None:
     parts = ", ".join(
         f"{name}: {written.documents[name]:,} documents, {written.tokens[name]:,} tokens" for name in written.documents
     )
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(written.skipped.items())) or "nothing"
-    print(f"{arguments.output}: {parts}; skipped: {skipped}; in {time.monotonic() - started:.1f} s")
+    print(f"{arguments.output}: {parts}; skipped: {listed(written.skipped)}; in {time.monotonic() - started:.1f} s")
 
 
 if __name__ == "__main__":

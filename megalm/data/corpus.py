@@ -14,7 +14,7 @@ import os
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -53,8 +53,12 @@ class Tally:
 
     def summary(self) -> str:
         """One clause for the closing line of a command."""
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.skipped.items())) or "nothing"
-        return f"{self.documents:,} documents, {self.characters:,} characters; skipped: {reasons}"
+        return f"{self.documents:,} documents, {self.characters:,} characters; skipped: {listed(self.skipped)}"
+
+
+def listed(skipped: Mapping[str, int]) -> str:
+    """What was left out, for a sentence: 2 empty, 1 not JSON."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items())) or "nothing"
 
 
 def gather(

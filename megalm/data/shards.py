@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megalm.data import index
-from megalm.data.corpus import Document, JsonlReader, Tally
+from megalm.data.corpus import Document, JsonlReader, Tally, listed
 from megalm.disk import sync
 from megalm.errors import MegalmError
 from megalm.tokenizer.base import Tokenizer
@@ -149,7 +149,9 @@ def write_tokenised(
             while True:
                 parts, smallest_hash = _write_parts(tokenised(), partial, tokenizer, threshold, shard_bytes, report)
                 if parts[TRAIN].documents + parts[HELD_OUT].documents == 0:
-                    raise MegalmError(f"the corpus holds no document to write (skipped: {dict(skipped())})")
+                    raise MegalmError(
+                        f"the corpus holds no text to write (skipped: {listed(skipped())}): name one that does"
+                    )
                 if held_out_fraction and parts[TRAIN].documents + parts[HELD_OUT].documents == 1:
                     raise MegalmError("the corpus is a single document: give more, or set the held-out fraction to 0")
                 if held_out_fraction == 0.0 or parts[HELD_OUT].documents:

@@ -6,6 +6,13 @@ from megalm.errors import MegalmError
 from megalm.tokenizer import hugging_face, sentence_piece
 from megalm.tokenizer.base import Tokenizer
 
+FILES = (sentence_piece.METADATA_FILE, sentence_piece.MODEL_FILE, hugging_face.TOKENIZER_FILE)
+
+
+def is_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds what load() reads."""
+    return any((Path(folder) / name).exists() for name in FILES)
+
 
 def load(path: str | Path) -> Tokenizer:
     """Read a tokenizer folder, a sentencepiece .model or a Hugging Face tokenizer.json.

@@ -11,6 +11,7 @@ import pytest
 
 from megalm.data.index import ShardReader
 from megalm.tokenizer.load import load
+from megalm.tokenizer.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -41,21 +42,40 @@ def test_from_documents_to_shards(work: Path) -> None:
     said = succeed("prepare_corpus", work / "texts", "--python", "--python-parts", "topics", "--output", corpus)
     assert "documents" in said
     assert "repeated" in said
-    said = succeed("train_tokenizer", "--corpus", corpus, "--output", tokenizer, "--vocab-size", 800)
-    assert "800 ids" in said
+    training = ("train_tokenizer", "--corpus", corpus, "--output", tokenizer, "--vocab-size", 800)
+    assert "800 ids" in succeed(*training)
+    assert "holds a tokenizer, which shards written with it need" in run(*training).stderr
+    assert "800 ids" in succeed(*training, "--overwrite")
     said = succeed(
         "write_shards", "--corpus", corpus, "--tokenizer", tokenizer, "--output", output, "--held-out", 0.1,
         "--workers", 2,
     )  # fmt: skip
-    train, held_out = ShardReader(output / "train", load(tokenizer)), ShardReader(output / "held_out", load(tokenizer))
-    assert f"train: {train.documents:,} documents, {train.tokens_total:,} tokens" in said
+    trained, held_out = (
+        ShardReader(output / "train", load(tokenizer)),
+        ShardReader(output / "held_out", load(tokenizer)),
+    )
+    assert f"train: {trained.documents:,} documents, {trained.tokens_total:,} tokens" in said
     assert f"held_out: {held_out.documents:,} documents" in said
     said = succeed("show_shards", output / "train", output / "held_out", "--tokenizer", tokenizer, "--verify")
-    assert f"{train.tokens_total:,}" in said
-    assert train.fingerprint in said
+    assert f"{trained.tokens_total:,}" in said
+    assert trained.fingerprint in said
     assert load(tokenizer).fingerprint in said
-    texts = {load(tokenizer).decode(part.document(i)) for part in (train, held_out) for i in range(part.documents)}
+    texts = {load(tokenizer).decode(part.document(i)) for part in (trained, held_out) for i in range(part.documents)}
     assert "Only here: <|im_end|>\n" in texts
+
+
+def test_a_corpus_without_text_is_told_what_was_skipped(work: Path) -> None:
+    corpus, tokenizer = work / "unusable.jsonl", work / "of_another_text"
+    corpus.write_text('{"content": "a"}\n{"text": " "}\nx\n')
+    skipped = "(skipped: 1 empty, 1 not JSON, 1 without a text field 'text'): name "
+    done = run("train_tokenizer", "--corpus", corpus, "--output", tokenizer)
+    assert done.stderr.splitlines()[-1].startswith(f"error: {corpus} holds no text to train on {skipped}")
+    train(lambda: ["some text " * 100], 270).save(tokenizer)
+    done = run("write_shards", "--corpus", corpus, "--tokenizer", tokenizer, "--output", work / "none", "--workers", 1)
+    assert done.stderr.startswith(f"error: the corpus holds no text to write {skipped}")
+    corpus.write_text("")
+    done = run("write_shards", "--corpus", corpus, "--tokenizer", tokenizer, "--output", work / "none", "--workers", 1)
+    assert "(skipped: nothing)" in done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity of processes")
