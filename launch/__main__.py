@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megalm.command_line import count, count_or_zero
-from megalm.errors import MegalmError, main_guard
+from megalm.errors import MegalmError, main_guard, writing
 
 
 class Parser(argparse.ArgumentParser):
@@ -197,7 +197,8 @@ def main() -> int:
         from launch import report
 
         output = given.output or given.run / "launch" / "report.html"
-        report.write(given.run, output)
+        with writing(output):
+            report.write(given.run, output)
         print(f"report: {output}")
         return 0
     if given.verb == "watch":

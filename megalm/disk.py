@@ -1,4 +1,4 @@
-"""What is written is there after a power cut, too."""
+"""What is written is there after a power cut, too; and what cannot be written is known early."""
 
 import os
 from pathlib import Path
@@ -11,3 +11,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def try_writing(path: Path) -> None:
+    """Learn before long work whether its file can be written: what is there stays as it is, what is not stays away.
+    Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not os.path.lexists(path)
+    path.open("ab").close()
+    if is_new:
+        path.unlink()

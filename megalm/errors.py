@@ -2,7 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -20,6 +22,17 @@ class MegalmError(Exception):
 def reason(error: BaseException) -> str:
     """What a library's error says in its first line, or of what kind it is."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def writing(output: str | Path, way_out: str = "make room for it, or name another --output") -> Iterator[None]:
+    """What the storage refuses while a command writes `output`, as a sentence."""
+    try:
+        yield
+    except OSError as error:
+        culprit = error.filename2 or error.filename
+        where = "" if culprit is None or str(culprit) == str(output) else f": {culprit}"
+        raise MegalmError(f"cannot write {output} ({error.strerror or error}{where}): {way_out}") from error
 
 
 def main_guard(main: Callable[[], int | None]) -> NoReturn:

@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-from megalm.errors import main_guard
+from megalm.errors import main_guard, writing
 from megalm.metrics.compare import read_course, table
-from megalm.metrics.plot import plot_runs, plot_scores, short_names
 
 
 def main() -> None:
@@ -17,15 +16,19 @@ def main() -> None:
     parser.add_argument("--log-loss", action="store_true", help="logarithmic loss axis")
     arguments = parser.parse_args()
 
+    from megalm.metrics.plot import plot_runs, plot_scores, short_names  # imports matplotlib, which takes seconds
+
     courses = [read_course(path) for path in arguments.paths]
     names = short_names(arguments.paths)
     print(table(names, courses))
     if arguments.output:
         runs = list(dict.fromkeys(course.run for course in courses))  # two checkpoints of a run share its curve
-        plot_runs(runs, arguments.output, x=arguments.x, log_loss=arguments.log_loss)
+        with writing(arguments.output):
+            plot_runs(runs, arguments.output, x=arguments.x, log_loss=arguments.log_loss)
         print(arguments.output)
     if arguments.scores:
-        drawn = plot_scores(names, courses, arguments.scores)
+        with writing(arguments.scores, "make room for it, or name another --scores"):
+            drawn = plot_scores(names, courses, arguments.scores)
         print(arguments.scores if drawn else "no scores to draw yet: tools/evaluate_model.py makes them")
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megalm.command_line import count, count_or_zero
-from megalm.errors import MegalmError, main_guard
+from megalm.disk import try_writing
+from megalm.errors import MegalmError, main_guard, writing
 
 
 def main() -> None:
@@ -117,6 +118,8 @@ def load_checkpoint(given: argparse.Namespace, ranks: int) -> tuple[Any, Any, di
     from megalm.checkpoint import manifest as manifests
     from megalm.eval.load import load_model
 
+    folder = checkpoints.resolve(given.checkpoint)
+    settle_output(given, folder.parent.parent / "evaluation" / f"{folder.name}.json")
     device: Any = given.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,9 +137,7 @@ def load_checkpoint(given: argparse.Namespace, ranks: int) -> tuple[Any, Any, di
         from megalm.eval.harness import HarnessModel
     except ImportError as error:
         raise lacking(error) from None
-    folder = checkpoints.resolve(given.checkpoint)
     manifest = manifests.read(folder)
-    given.output = given.output or folder.parent.parent / "evaluation" / f"{folder.name}.json"
     about = {
         "checkpoint": {
             "path": str(folder),
@@ -166,6 +167,7 @@ def load_hugging_face(given: argparse.Namespace, ranks: int) -> tuple[Any, Any, 
     """The same of a folder that transformers reads, through the harness's own adapter, a copy on every rank."""
     if not (given.hf / "config.json").is_file():
         raise MegalmError(f"{given.hf} is not the folder of a Hugging Face model: it has no config.json")
+    settle_output(given, given.hf / "evaluation.json")
     try:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.utils import hash_string
@@ -192,7 +194,6 @@ def load_hugging_face(given: argparse.Namespace, ranks: int) -> tuple[Any, Any, 
         device=device,
         batch_size=given.batch_size,
     )
-    given.output = given.output or given.hf / "evaluation.json"
     weights = sorted(path for path in given.hf.iterdir() if path.suffix in (".safetensors", ".bin"))
     files = {path.name: checksum(path) for path in [given.hf / "config.json", *weights]}
     about = {
@@ -205,19 +206,23 @@ def load_hugging_face(given: argparse.Namespace, ranks: int) -> tuple[Any, Any, 
     return place, Copies(model, place.groups) if place else model, about
 
 
+def settle_output(given: argparse.Namespace, otherwise: Path) -> None:
+    """Decide where the results go, and try it before the hours that make them, on the rank that will write them."""
+    given.output = given.output or otherwise
+    if os.environ.get("RANK", "0") == "0":
+        with writing(given.output):
+            try_writing(given.output)
+
+
 def write(given: argparse.Namespace, kept: dict[str, Any], samples: dict[str, list[Any]]) -> None:
     """The results, and the samples if they are wanted."""
     output = given.output
-    try:
+    with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for task, each in samples.items() if given.samples else ():
             lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in each)
             output.with_name(f"{output.stem}.{task}.jsonl").write_text(lines, encoding="utf-8")
-    except OSError as error:
-        raise MegalmError(
-            f"the results cannot be written to {output} ({error.strerror}): name another --output"
-        ) from None
     print(output)
 
 

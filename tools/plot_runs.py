@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megalm.errors import main_guard
-from megalm.metrics.plot import plot_runs
+from megalm.errors import main_guard, writing
 
 
 def main() -> None:
@@ -16,7 +15,10 @@ def main() -> None:
     parser.add_argument("--title", help="default: the run's name, if there is one run")
     arguments = parser.parse_args()
 
-    plot_runs(arguments.runs, arguments.output, x=arguments.x, log_loss=arguments.log_loss, title=arguments.title)
+    from megalm.metrics.plot import plot_runs  # imports matplotlib, which takes seconds
+
+    with writing(arguments.output):
+        plot_runs(arguments.runs, arguments.output, x=arguments.x, log_loss=arguments.log_loss, title=arguments.title)
     print(arguments.output)
 
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from megalm.errors import MegalmError, main_guard
+from megalm.errors import MegalmError, main_guard, writing
 from megalm.sft import formats
 
 
@@ -39,23 +39,30 @@ def main() -> None:
         options["names"] = [line.strip() for _, line in formats.read_lines(given.names) if line.strip()]
     counts = {"train": 0, "held_out": 0}
     rows = formats.FORMATS[given.format](given.inputs, **options)
-    try:
+    # The second file would be left empty by a share of 0.
+    names = ["train", "held_out"] if given.held_out else ["train"]
+    partial = {name: given.output / f".{name}.partial" for name in names}
+    with writing(given.output):
         given.output.mkdir(parents=True, exist_ok=True)
-        # The second file would be left empty by a share of 0.
-        names = ["train", "held_out"] if given.held_out else ["train"]
-        partial = {name: given.output / f".{name}.partial" for name in names}
-        with ExitStack() as open_files:
-            streams = {n: open_files.enter_context(path.open("w", encoding="utf-8")) for n, path in partial.items()}
-            for row in rows:
-                name = "held_out" if formats.is_held_out(row, given.held_out) else "train"
-                streams[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-                counts[name] += 1
-        for name, path in partial.items():
-            path.replace(given.output / f"{name}.jsonl")
-    except OSError as error:
-        raise MegalmError(
-            f"{given.output} cannot be written ({error.strerror}): make room, or name another --output"
-        ) from None
+        try:
+            with ExitStack() as open_files:
+                streams = {n: open_files.enter_context(path.open("w", encoding="utf-8")) for n, path in partial.items()}
+                for row in rows:
+                    name = "held_out" if formats.is_held_out(row, given.held_out) else "train"
+                    streams[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+                    counts[name] += 1
+            if not counts["train"]:
+                where = ", ".join(map(str, given.inputs)) or "the Python installation"
+                raise MegalmError(
+                    f"a --held-out of {given.held_out} leaves nothing to train on: lower it"
+                    if counts["held_out"]
+                    else f"{where} holds no row: name files with rows in the format {given.format}"
+                )
+            for name, path in partial.items():
+                path.replace(given.output / f"{name}.jsonl")
+        finally:
+            for path in partial.values():
+                path.unlink(missing_ok=True)
     print(f"{given.output}: {counts['train']:,} rows to train on, {counts['held_out']:,} held out")
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from megalm.command_line import count
-from megalm.errors import main_guard
+from megalm.errors import main_guard, writing
 from megalm.sft.report import write_report
 
 
@@ -16,7 +16,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    print(write_report(arguments.run, arguments.worst))
+    with writing(arguments.run / "report.html", "make room for it"):
+        page = write_report(arguments.run, arguments.worst)
+    print(page)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ import argparse
 import time
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 from megalm.command_line import count
 from megalm.curate.steps.quality_classifier import train
 from megalm.data.corpus import JsonlReader, Tally
-from megalm.errors import main_guard
+from megalm.disk import try_writing
+from megalm.errors import main_guard, writing
 
 
 def main() -> None:
@@ -17,7 +19,7 @@ def main() -> None:
         parser.add_argument(
             f"--{which}", nargs="+", required=True, metavar="FILE", help=f"{what}: .jsonl, .jsonl.gz or .jsonl.zst"
         )
-    parser.add_argument("--output", required=True, metavar="FILE", help="the model to write, an .npz")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the model to write, an .npz")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="key of the text in JSONL (default: text)")
     parser.add_argument(
         "--most",
@@ -38,12 +40,15 @@ def main() -> None:
         reader = JsonlReader(files, Tally(), arguments.text_field)
         return islice((document.text for document in reader), arguments.most)
 
+    with writing(arguments.output):
+        try_writing(arguments.output)
     started = time.monotonic()
     model, scores = train(
         texts(arguments.positive), texts(arguments.negative), bits=arguments.bits, longest=arguments.ngrams,
         passes=arguments.passes, seed=arguments.seed,
     )  # fmt: skip
-    model.save(arguments.output)
+    with writing(arguments.output):
+        model.save(arguments.output)
     told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
     print(f"{arguments.output}: on held-out texts ({told}), in {time.monotonic() - started:.1f} s")
 

@@ -346,8 +346,26 @@ def test_the_tool_trains_a_model(tmp_path):
     environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert [file.name for file in (tmp_path / "models").iterdir()] == ["model.npz"]
     assert "auc 1" in done.stdout or "auc 0.9" in done.stdout
     assert len(HashedNgrams.load(tmp_path / "models" / "model.npz").weights) == 4096
+
+
+def test_a_model_that_cannot_be_written_is_known_before_it_is_trained(tmp_path, monkeypatch):
+    from tools import train_quality_classifier
+
+    (tmp_path / "text.jsonl").write_text("")
+    (tmp_path / "folder.npz").mkdir()
+    monkeypatch.setattr(train_quality_classifier, "train", lambda *_, **__: pytest.fail("it was trained"))
+    for output, why in (("folder.npz", "Is a directory"), ("text.jsonl/model.npz", "File exists: .*text.jsonl")):
+        options = {"--positive": "text.jsonl", "--negative": "text.jsonl", "--output": output}
+        words = [word for option, name in options.items() for word in (option, str(tmp_path / name))]
+        monkeypatch.setattr(sys, "argv", ["train_quality_classifier.py", *words])
+        with pytest.raises(MegalmError, match=rf"cannot write .*{output} \({why}\): make room for it, or name another"):
+            train_quality_classifier.main()
+    with pytest.raises(OSError):
+        HashedNgrams(np.zeros(2, np.float32), 0.0, 1, 1).save(tmp_path / "folder.npz")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder.npz", "text.jsonl"]
 
 
 def test_a_classifier_that_is_none_is_refused(tmp_path):

@@ -16,6 +16,7 @@ from megalm.eval.generate import Sampling, collect, generate
 from megalm.eval.harness import HarnessModel
 from megalm.eval.load import load_model
 from megalm.eval.scoring import score
+from megalm.eval.tasks import load_tasks
 from megalm.layout import Layout
 from megalm.models.config import ModelConfig
 from megalm.models.decoder import LayerList
@@ -163,6 +164,37 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate_model.py", *map(str, arguments)])
     monkeypatch.chdir(REPOSITORY)
     main()
+
+
+def test_where_results_go_is_tried_before_the_model_is_loaded(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loading(Exception):
+        pass
+
+    def load(*_: object, **__: object) -> None:
+        raise Loading
+
+    monkeypatch.setattr("megalm.eval.load.load_model", load)
+    kept, new = tmp_path / "kept.json", tmp_path / "results" / "new.json"
+    kept.write_text("{}")
+    for output in (tmp_path, kept / "x.json"):
+        with pytest.raises(
+            MegalmError, match=rf"cannot write {output} \(.*: make room for it, or name another --output"
+        ):
+            evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", *TASKS, "--output", output)
+    for output in (kept, new):
+        with pytest.raises(Loading):
+            evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", *TASKS, "--output", output)
+    assert kept.read_text() == "{}" and not new.exists()
+
+
+@pytest.mark.parametrize("content", [b"task: x\nbad: [\n", b"task: \xff\n", b"\xff\xfetask: x\n"])
+def test_a_task_file_that_is_no_yaml_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "task.yaml"
+    file.write_bytes(content)
+    with pytest.raises(MegalmError, match=rf"^{file} cannot be loaded \(.+\): correct or leave out tasks$"):
+        load_tasks([str(file)], [])
 
 
 def test_the_command_over_a_checkpoint_and_over_an_export(

@@ -254,6 +254,12 @@ def test_report_and_watch(launch: Launch, tmp_path: Path) -> None:
         ElementTree.fromstring("<svg " + picture)
     seen = launch("watch", str(tmp_path / "run")).stdout
     assert "step 100 of ?" in seen and "▁" in seen
+    refused = launch("report", str(tmp_path / "run"), "--output", str(tmp_path))
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        f"error: cannot write {tmp_path} (Is a directory): make room for it, or name another --output\n",
+    )
+    assert "newest checkpoint: none yet" in launch("status", str(tmp_path / "run")).stdout.splitlines()
 
 
 def test_axes_have_round_numbers() -> None:

@@ -105,3 +105,11 @@ def test_the_command(
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["first", "step-5", "second"] and out[-2:] == [str(pictures[1]), str(pictures[3])]
     assert all(Path(picture).stat().st_size > 10_000 for picture in pictures[1::2])
+    for option in ("--output", "--scores"):
+        monkeypatch.setattr(
+            "sys.argv", ["compare_runs.py", *map(str, [*paths, option, tmp_path / "curves.png" / "x.png"])]
+        )
+        with pytest.raises(
+            MegalmError, match=rf"cannot write .*x.png \(.*: make room for it, or name another {option}$"
+        ):
+            main()

@@ -204,6 +204,11 @@ def test_command(tmp_path):
     done = command(str(run(tmp_path / "tiny")), "--output", str(tmp_path / "loss.svg"), "--log-loss")
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "loss.svg").read_text().startswith("<?xml")
+    (tmp_path / "folder.png").mkdir()
+    for output in ("folder.png", "loss.svg/x.png"):
+        refused = command(str(tmp_path / "tiny"), "--output", str(tmp_path / output))
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+        assert refused.stderr.startswith(f"error: cannot write {tmp_path / output} (")
     refused = command(str(tmp_path), "--output", str(tmp_path / "x.png"))
     assert refused.returncode == 2
     assert refused.stderr == f"error: {tmp_path} has no metrics.jsonl: name the folder of a run (run.directory)\n"

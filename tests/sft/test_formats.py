@@ -200,6 +200,13 @@ def test_the_command_parts_rows_and_says_how_many(tmp_path: Path) -> None:
     assert f"{len(parts['train'])} rows to train on, {len(parts['held_out'])} held out" in said
     assert sorted(int(row["text"].split()[1]) for part in parts.values() for row in part) == list(range(300))
     assert 10 < len(parts["held_out"]) < 60
+    text = path.read_text()
+    path.write_text("")
+    empty = subprocess.run(command, capture_output=True, text=True)
+    assert empty.returncode == 2 and empty.stderr.startswith(f"error: {path} holds no row: name files with rows")
+    kept = {file.name: len(file.read_text().splitlines()) for file in (tmp_path / "rows").iterdir()}
+    assert kept == {f"{name}.jsonl": len(rows) for name, rows in parts.items()}, "the rows from before, and no more"
+    path.write_text(text)
     subprocess.run([*command, "--held-out", "0", "--header", "skip"], check=True)
     assert (tmp_path / "rows" / "train.jsonl").read_text().count("\n") == 299
     wrong = subprocess.run([*command, "--held-out", "1"], capture_output=True, text=True)

@@ -182,5 +182,12 @@ def test_the_command(tmp_path: Path) -> None:
     ended = command(run, "--worst", 3)
     assert (ended.returncode, ended.stdout.strip()) == (0, str(run / "report.html")), ended.stderr
     assert len(json.loads((run / "report.json").read_text())["corpora"]["dev"]["worst"]) == 3
+    (run / "report.html").unlink()
+    (run / "report.html").mkdir()
+    refused = command(run)
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        f"error: cannot write {run / 'report.html'} (Is a directory): make room for it\n",
+    )
     refused = command(tmp_path)
     assert refused.returncode == 2 and refused.stderr.startswith(f"error: {tmp_path} has no metrics.jsonl")

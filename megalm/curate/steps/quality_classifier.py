@@ -91,12 +91,15 @@ class HashedNgrams:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.tmp")
-        with open(temporary, "wb") as file:
-            np.savez_compressed(
-                file, weights=self.weights.astype(np.float16), bias=np.float64(self.bias),
-                longest=self.longest, max_units=self.max_units, version=VERSION,
-            )  # fmt: skip
-        temporary.replace(path)
+        try:
+            with open(temporary, "wb") as file:
+                np.savez_compressed(
+                    file, weights=self.weights.astype(np.float16), bias=np.float64(self.bias),
+                    longest=self.longest, max_units=self.max_units, version=VERSION,
+                )  # fmt: skip
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "HashedNgrams":
