@@ -273,6 +273,22 @@ def test_each_rule_catches_a_planted_violation(rule: Rule, name: str, text: str,
     assert any(expected in line for line in found), found
 
 
+def test_commands_begin_without_what_takes_seconds() -> None:
+    """Their --help is there at once, and so is main_guard, which Ctrl-C finds from then on."""
+    tools = [name for name, _ in sources(REPOSITORY, "tools")]
+    slow = sorted(HEAVY | {"matplotlib"})
+    script = (
+        "import importlib, sys\n"
+        f"for name in {tools!r}:\n"
+        "    known = set(sys.modules)\n"
+        "    importlib.import_module(name)\n"
+        f"    for each in {slow!r}:\n"
+        "        if each in set(sys.modules) - known: print(name, 'imports', each)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
 def test_rooms_without_torch_import_without_torch() -> None:
     """What the source does not show: a library that imports torch by itself."""
     rooms = [

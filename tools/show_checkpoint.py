@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from megalm.checkpoint import folder as checkpoints
 from megalm.checkpoint import manifest as manifests
 from megalm.checkpoint.manifest import Manifest
 from megalm.errors import MegalmError, main_guard
@@ -22,6 +21,8 @@ def main() -> None:
     parser.add_argument("--tensors", action="store_true", help="a line for every weight")
     parser.add_argument("--statistics", action="store_true", help="... with mean, deviation and largest magnitude")
     arguments = parser.parse_args()
+
+    from megalm.checkpoint import folder as checkpoints  # imports torch, which takes seconds
 
     folder = checkpoints.resolve(arguments.path)
     faults = {}
@@ -46,6 +47,8 @@ def main() -> None:
 
 def show_run(directory: Path, checksums: bool) -> dict[Path, list[str]]:
     """Print a line for every checkpoint of RUN/checkpoints; returns what is wrong with each."""
+    from megalm.checkpoint import folder as checkpoints
+
     newest = checkpoints.newest(directory)
     faults = {}
     print(f"{directory}")
@@ -94,7 +97,7 @@ def show_tensors(manifest: Manifest) -> None:
 
 def show_statistics(folder: Path, manifest: Manifest) -> None:
     """Print a line for every weight, whole, with the mean, standard deviation and largest magnitude of its entries."""
-    from megalm.checkpoint import tensors  # imports torch, which takes seconds
+    from megalm.checkpoint import tensors
 
     print(f"  {'shape':>16} {'dtype':>9} {'cut along':>9} {'mean':>10} {'std':>10} {'max |x|':>10}  name")
     for name, tensor in tensors.read_weights(folder, manifest):
