@@ -29,8 +29,8 @@ ROOM = 0.9
 """Share of a GPU's memory that a prediction may fill: on an H100 torch reserved 6 % more than was predicted, and
 libraries take some."""
 DTYPE = torch.bfloat16
-CHUNK = 0
-"""Numbers of fp32 that nn.cross_entropy holds at a time beside logits: none on a GPU."""
+CHUNK = 2 * 2**19
+"""Numbers of fp32 that nn.cross_entropy holds at a time beside logits on a CPU. On a GPU one kernel reads them."""
 BUCKET = 500_000_000
 """Numbers from which on DeepSpeed sums gradients over ranks in place. It copies several groups of fewer into one."""
 
@@ -81,8 +81,8 @@ def choose_recompute(config: RunConfig, data_parallel: int, memory: int | None) 
     )
 
 
-def predict(config: RunConfig, data_parallel: int = 1, chunk: int = CHUNK) -> Memory:
-    """The peak of a step on each of `data_parallel` ranks.
+def predict(config: RunConfig, data_parallel: int = 1, *, on_cpu: bool = False) -> Memory:
+    """The peak of a step on each of `data_parallel` ranks. on_cpu: of CPUs, for which a prediction can be measured.
 
     The attention backends plain and sdpa are taken to keep what they do keep, scores or masks, and all others, `auto`
     among them, to keep neither, as flash kernels do. What train.compile saves is not taken off. Of torch's caching
@@ -99,12 +99,14 @@ def predict(config: RunConfig, data_parallel: int = 1, chunk: int = CHUNK) -> Me
     numbers, largest = sum(sizes), max(sizes)
     share = -(-numbers // data_parallel)
     activations = sum(kept.values()) + logits
-    # The logits' gradient (z-loss has one of its own), beside it some of it in fp32, or the gradient of the largest
-    # weight in both precisions.
-    gradients = logits * (2 if config.model.z_loss else 1)
-    backward = gradients + max(4 * min(chunk, logits), (DTYPE.itemsize + 4) * largest)
-    # What recomputation leaves out comes back one block at a time, by when there are no logits.
-    recomputed = _layers(config, "none")[1]["blocks.0"] - kept["blocks.0"] - logits
+    # The logits' gradient (z-loss has one of its own), beside it the gradient of the largest weight. A CPU widens that
+    # to sum it, and before that some of the logits.
+    backward = logits * (2 if config.model.z_loss else 1)
+    backward += max(4 * min(CHUNK, logits), (DTYPE.itemsize + 4) * largest) if on_cpu else DTYPE.itemsize * largest
+    recomputed = 0
+    if parallel.recompute != "none":
+        # What recomputation leaves out comes back one block at a time, by when there are no logits.
+        recomputed = _layers(config, "none")[1]["blocks.0"] - kept["blocks.0"] - logits
     # By the time of these there are no activations. Unfused, the update of a group makes two fp32 copies of it.
     reduction = 4 * numbers if numbers <= BUCKET else 0
     update = 8 * share if config.optimizer.implementation == "torch" else 0

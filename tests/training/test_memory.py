@@ -19,8 +19,6 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.training import config, join, micro_batches
 from tests.training.runs import train_run
 
-CHUNK = 2 * 2**19
-"""Of nn.cross_entropy on a CPU."""
 PLAIN = {"attention_backend": "plain"}
 """Keeps scores, so that selective recomputation is worth something."""
 
@@ -84,7 +82,7 @@ PREDICTED = {
 @pytest.mark.parametrize("name", PREDICTED)
 def test_what_is_predicted_is_what_a_step_takes(name: str) -> None:
     ranks, config = PREDICTED[name]
-    predicted = predict(config, ranks, chunk=CHUNK)
+    predicted = predict(config, ranks, on_cpu=True)
     assert predicted.total == states(predicted) + predicted.activations + predicted.temporaries
     for between, most in run_ranks(ranks, step_memory, config):
         assert between == pytest.approx(states(predicted), rel=0.02)
@@ -132,9 +130,11 @@ def test_a_classifier_has_no_logits_of_the_vocabulary() -> None:
     assert classifier.activations < predict(run()).activations - 0.9 * 2 * 4 * 128 * 2048
 
 
-def test_a_prediction_without_chunks_of_logits() -> None:
-    """As where one kernel reads the logits and writes their gradient."""
-    assert predict(run(), chunk=CHUNK).total > predict(run(), chunk=0).total
+def test_a_gpu_widens_neither_logits_nor_gradients() -> None:
+    """One kernel reads the logits and writes their gradient, one adds a bf16 gradient to its fp32 sum."""
+    assert predict(run(), on_cpu=True).total > predict(run()).total
+    largest = run(model={"vocab_size": 2**16})
+    assert predict(largest, on_cpu=True).total - predict(largest).total == 4 * 2**16 * 128
 
 
 def memory_for(predicted: int) -> int:
