@@ -150,7 +150,7 @@ def write_tokenised(
                 parts, smallest_hash = _write_parts(tokenised(), partial, tokenizer, threshold, shard_bytes, report)
                 if parts[TRAIN].documents + parts[HELD_OUT].documents == 0:
                     raise MegalmError(
-                        f"the corpus holds no text to write (skipped: {listed(skipped())}): name one that does"
+                        f"the corpus holds no document to write (skipped: {listed(skipped())}): name one that does"
                     )
                 if held_out_fraction and parts[TRAIN].documents + parts[HELD_OUT].documents == 1:
                     raise MegalmError("the corpus is a single document: give more, or set the held-out fraction to 0")

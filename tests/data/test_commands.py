@@ -72,7 +72,7 @@ def test_a_corpus_without_text_is_told_what_was_skipped(work: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith(f"error: {corpus} holds no text to train on {skipped}")
     train(lambda: ["some text " * 100], 270).save(tokenizer)
     done = run("write_shards", "--corpus", corpus, "--tokenizer", tokenizer, "--output", work / "none", "--workers", 1)
-    assert done.stderr.startswith(f"error: the corpus holds no text to write {skipped}")
+    assert done.stderr.startswith(f"error: the corpus holds no document to write {skipped}")
     corpus.write_text("")
     done = run("write_shards", "--corpus", corpus, "--tokenizer", tokenizer, "--output", work / "none", "--workers", 1)
     assert "(skipped: nothing)" in done.stderr
