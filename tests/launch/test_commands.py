@@ -149,7 +149,7 @@ def test_it_answers_at_once_and_without_torch(config: str) -> None:
     ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
     seconds, *heavy = ended.stdout.splitlines()[-1].split()
     assert not heavy
-    assert float(seconds) < 1.0  # 0.4 on a machine that has nothing else to do
+    assert float(seconds) < 2.0  # 0.4 on a machine that has nothing else to do, 1.1 on a busy one; torch alone takes 2
 
 
 def test_the_command_of_a_job(config: str, tmp_path: Path) -> None:
