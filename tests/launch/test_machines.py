@@ -21,6 +21,8 @@ sys.exit(os.waitstatus_to_exitcode(pty.spawn(["sh", "-c", sys.argv[2]])))
 """As ssh -tt: what is typed here goes to a terminal over there, which hangs up when this end dies."""
 
 LAUNCHER = """
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
 from launch import machines
 from megalm.errors import main_guard
 machines._PATIENCE = {patience}

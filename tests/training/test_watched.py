@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megalm.metrics.events import read_events
+from megalm.metrics.events import TRAINER, read_events, write_event
 from megalm.training.callbacks.anomalies import SKIPPED
 from megalm.training.callbacks.stragglers import Stragglers, slow
 from megalm.training.whereabouts import FILE, Whereabouts
@@ -85,7 +85,8 @@ def test_who_is_slow() -> None:
 def test_nine_tenths_of_the_steps_are_no_slower_than_the_slowest(tmp_path: Path) -> None:
     """Of few steps too."""
     groups = SimpleNamespace(size=2, stage=0, gather=lambda mine: [mine, mine])
-    run: Any = SimpleNamespace(groups=groups, due=lambda every: True, is_main=True, directory=tmp_path, step=1)
+    run: Any = SimpleNamespace(groups=groups, due=lambda every: True, is_main=True, step=1)
+    run.event = lambda kind, **facts: write_event(tmp_path / TRAINER, kind, **facts)
     stragglers = Stragglers(every=1)
     for seconds in ([9.0, 1.0], [4.0], [2.0], [3.0]):  # after the first, which is not counted
         stragglers._seconds += seconds[:-1]
