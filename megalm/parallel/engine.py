@@ -502,7 +502,11 @@ def create(
     accept: Callable[[float], bool],
 ) -> Engine:
     """Wrap `module` and `optimizer` in the DeepSpeed engine that the layout asks for. gather: as of LossOrLogits."""
-    guard = StepGuard(optimizer, accept, lambda norm: groups.maximum(norm if math.isfinite(norm) else math.inf))
+
+    def agree(norm: float) -> float:
+        return groups.maximum(norm if math.isfinite(norm) else math.inf, idle=True)
+
+    guard = StepGuard(optimizer, accept, agree)
     kept = LossOrLogits(loss, gather)
     if _is_pipeline(module):
         module.loss_fn = kept  # type: ignore[assignment]
