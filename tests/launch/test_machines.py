@@ -22,7 +22,8 @@ sys.exit(os.waitstatus_to_exitcode(pty.spawn(["sh", "-c", sys.argv[2]])))
 
 LAUNCHER = """
 import signal
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+for number in (signal.SIGHUP, signal.SIGINT):  # these tests may run under nohup, or behind a shell's &
+    signal.signal(number, signal.SIG_DFL)
 from launch import machines
 from megalm.errors import main_guard
 machines._PATIENCE = {patience}
