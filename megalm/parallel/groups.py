@@ -15,6 +15,7 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataP
 
 from megalm.errors import MegalmError, reason
 from megalm.layout import Layout
+from megalm.nn.layers import Layers
 
 T = TypeVar("T")
 
@@ -56,6 +57,14 @@ class Groups:
     @property
     def size(self) -> int:
         return self.layout.world_size
+
+    def layers(self, *, sequence_parallel: bool = False) -> Layers:
+        """The factory of this rank's layers."""
+        if self.layout.tensor == 1:
+            return Layers()
+        from megalm.parallel.tensor import TensorParallelLayers  # with megatron-core: see _megatron_group()
+
+        return TensorParallelLayers(self.tensor_group, sequence_parallel=sequence_parallel)
 
     def barrier(self) -> None:
         dist.barrier()

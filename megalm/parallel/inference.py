@@ -80,12 +80,7 @@ def join(device: Literal["auto", "cpu", "cuda"], *, tensor: int = 1, pipeline: i
 
     groups.start(here)
     joined = groups.create(layout)
-    layers = Layers()
-    if tensor > 1:
-        from megalm.parallel.tensor import TensorParallelLayers
-
-        layers = TensorParallelLayers(joined.tensor_group, sequence_parallel=False)
-    return Place(here, layers, Pipe(joined) if pipeline > 1 else None, joined)
+    return Place(here, joined.layers(), Pipe(joined) if pipeline > 1 else None, joined)
 
 
 def _layout(tensor: int, pipeline: int) -> Layout:

@@ -25,7 +25,6 @@ from megalm.nn.block import Block
 from megalm.nn.config import Recompute
 from megalm.nn.init import spec_of
 from megalm.nn.kernels import Requirements, resolve, traces
-from megalm.nn.layers import Layers
 from megalm.nn.loss import head_loss
 from megalm.nn.norm import resolve_norm
 from megalm.optim.adamw import MOMENTS, build_optimizer, resolve_implementation
@@ -77,11 +76,7 @@ def build_engine(
     model, tuning, parallel, train = config.model, config.tuning, config.parallel, config.train
     assert parallel.recompute != "auto", "it is chosen before anything is built"
     joined.decide(lambda: tunings.check(tunings.shapes(model, tuning), tuning, tied=model.is_tied))
-    layers = Layers()
-    if parallel.tensor > 1:
-        from megalm.parallel.tensor import TensorParallelLayers  # with megatron-core, which takes seconds
-
-        layers = TensorParallelLayers(joined.tensor_group, sequence_parallel=parallel.sequence_parallel)
+    layers = joined.layers(sequence_parallel=parallel.sequence_parallel)
     specs = tunings.tuned_decoder(
         model,
         tuning,

@@ -96,10 +96,10 @@ class Run:
             tqdm.write(message)
             sys.stdout.flush()
 
-    def attempt(self, write: Callable[[], object]) -> bool:
+    def attempt(self, write: Callable[..., object], *arguments: Any, **facts: Any) -> bool:
         """Whether `write` could write what there is to tell of the run. A full disk is said once, and ends nothing."""
         try:
-            write()
+            write(*arguments, **facts)
         except OSError as error:
             if not self.full:
                 self.say(f"warning: records of the run cannot be written ({error}); training goes on: make room")
@@ -110,7 +110,7 @@ class Run:
     def event(self, kind: str, **facts: Any) -> None:
         """Write down what happened, for who reads the run's history (metrics/events.py), on one rank."""
         if self.is_main:
-            self.attempt(lambda: write_event(self.directory / TRAINER, kind, **facts))
+            self.attempt(write_event, self.directory / TRAINER, kind, **facts)
 
     def due(self, every: int) -> bool:
         """Whether something that happens every `every` steps, and at the end, happens now."""

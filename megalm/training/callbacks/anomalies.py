@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from megalm.training.resume import roll_back
@@ -88,13 +89,7 @@ class Anomalies(Callback):
             return
         facts = {"step": record["step"], "why": kind, "action": action}
         norm = {key: value if math.isfinite(value := record[key]) else None for key in ("loss", "grad_norm")}
-        line = json.dumps(facts | norm | {"samples": ids, "passed_over": passed_over}) + "\n"
-
-        def write() -> None:
-            with (run.directory / SKIPPED).open("a", encoding="utf-8") as file:
-                file.write(line)
-
-        run.attempt(write)
+        run.attempt(_append, run.directory / SKIPPED, facts | norm | {"samples": ids, "passed_over": passed_over})
         run.event("anomaly", **facts, samples=len(ids), passed_over=passed_over)
 
     def state(self) -> dict[str, Any]:
@@ -108,3 +103,8 @@ class Anomalies(Callback):
     def restore(self, state: dict[str, Any]) -> None:
         self._mean, self._accepted = state["mean"], state["accepted"]
         self.anomalies, self.overflows = state["anomalies"], state["overflows"]
+
+
+def _append(path: Path, fact: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(fact) + "\n")

@@ -64,17 +64,17 @@ class Metrics(Callback):
         if run.failed_saves:
             record["failed_saves"] = run.failed_saves
         for sink in self._sinks:
-            run.attempt(lambda sink=sink: sink.write(record))  # type: ignore[misc]
+            run.attempt(sink.write, record)
         self._written = True
         self._seconds, self._tokens = 0.0, run.tokens
         if evaluated:
-            run.attempt(lambda: self._draw(run))
+            run.attempt(self._draw, run)
 
     def on_end(self, run: Run) -> None:
         if self._sinks:
             for sink in self._sinks:
                 run.attempt(sink.close)
-            if self._written and run.attempt(lambda: self._draw(run)):
+            if self._written and run.attempt(self._draw, run):
                 run.say(f"curve: {run.directory / 'loss.png'}")
             if self._predicted:
                 peak = format_bytes(self._memory())
