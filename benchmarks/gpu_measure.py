@@ -24,6 +24,7 @@ from megalm.data.mixture import Blended, Mixture
 from megalm.data.packing import Packer, window_count
 from megalm.data.samples import Order
 from megalm.metrics import flops
+from megalm.nn.kernels import resolve
 from megalm.parallel import device as devices
 from megalm.training.config import RunConfig
 
@@ -119,15 +120,14 @@ def synthetic_loader(config: RunConfig) -> Loader:
                   global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size)  # fmt: skip
 
 
-def train(
-    config: RunConfig, joined: Any, device: torch.device, after_step: Callable[[float], None], draw: bool
-) -> None:
-    """megalm's own loop over its own engine, until config.train.steps, on made-up text.
+def train(config: RunConfig, joined: Any, device: torch.device, after_step: Callable[[float], None], draw: bool) -> str:
+    """megalm's own loop over its own engine, until config.train.steps, on made-up text. Returns the attention kernel
+    that was taken, and why.
 
     joined: parallel.groups.Groups. after_step: is told the loss. draw: False fills the weights on the device, which for
     billions of them is sooner done than drawing those of step 0, and as good to measure with.
     """
-    from megalm.training.build import build_engine
+    from megalm.training.build import attention_needs, build_engine, choose_attention
     from megalm.training.callbacks.garbage import GarbageCollection
     from megalm.training.loop import train as loop
     from megalm.training.plan import Plan
@@ -139,6 +139,8 @@ def train(
             assert record["applied"], f"the gradient norm of step {run.step} is {record['grad_norm']}"
             after_step(record["loss"])
 
+    config, why = choose_attention(config, joined, device)
+    attention = resolve(config.model.attention_backend, attention_needs(config, device))
     engine, specs = build_engine(config, joined, device, math.isfinite, draw=draw)
     names = [spec.name for spec in specs]
     if not draw:
@@ -163,6 +165,7 @@ def train(
         loop(run)
     finally:
         engine.engine.destroy()  # its hooks would hold it for good, and all that it allocated
+    return attention + why
 
 
 @torch.no_grad()

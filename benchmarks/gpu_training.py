@@ -39,8 +39,7 @@ from gpu_measure import (
 from megalm.errors import MegalmError, main_guard, reason
 from megalm.metrics import flops
 from megalm.metrics.meters import format_bytes
-from megalm.nn.attention import requirements
-from megalm.nn.kernels import BACKENDS, resolve
+from megalm.nn.kernels import BACKENDS
 from megalm.nn.norm import resolve_norm
 from megalm.parallel import device as devices
 from megalm.training.config import RunConfig
@@ -98,6 +97,7 @@ def work(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     from megalm.layout import Layout
     from megalm.parallel import groups
+    from megalm.training.build import choose_attention
 
     results = Results(arguments.output)
     introduce(device, results, "training")
@@ -107,9 +107,10 @@ def work(arguments: argparse.Namespace) -> int:
     steps = arguments.warmup + arguments.steps + arguments.profile
     name, changes = fit(arguments.worker, arguments.set, steps, available)
     base = read_config(arguments.worker, *changes, steps=steps)
+    taken = choose_attention(base, joined, device)[0].model.attention_backend
     rungs = {
         rung: more
-        for rung, more in {"base": [], **ladder(base, device)}.items()
+        for rung, more in {"base": [], **ladder(base, taken)}.items()
         if not arguments.rung or any(text in rung for text in arguments.rung)
     }
     print("".join(f"{word:>{width(column)}}" for column, word in enumerate(HEAD)), flush=True)
@@ -157,9 +158,9 @@ def fit(preset: str, given: list[str], steps: int, available: float) -> tuple[st
     raise MegalmError(f"{preset} is predicted to need more than {format_bytes(available)} with one row: take another")
 
 
-def ladder(base: RunConfig, device: torch.device) -> dict[str, list[str]]:
-    """Rungs by name: what each changes in the base. Each lever of the config at every place but the base's."""
-    taken = resolve(base.model.attention_backend, needs(base, device))
+def ladder(base: RunConfig, taken: str) -> dict[str, list[str]]:
+    """Rungs by name: what each changes in the base. Each lever of the config at every place but the base's. taken: its
+    attention kernel."""
     rows, all_rows = base.train.micro_batch_size, base.train.global_batch_size
     other_rows = [count for count in (rows // 2, rows * 2) if count > 0 and all_rows % count == 0]
     return {
@@ -174,13 +175,6 @@ def ladder(base: RunConfig, device: torch.device) -> dict[str, list[str]]:
         # Its memory is not predicted: fewer rows are on the safe side. It is the slowest, so the last.
         "fp32": ["train.precision=fp32", f"train.micro_batch_size={max(1, rows // 4)}"],
     }
-
-
-def needs(config: RunConfig, device: torch.device) -> Any:
-    """What the run asks of its attention backend."""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    return requirements(config.model, device=device.type, dtype=dtype, segmented=config.segmented,
-                        sequence_length=config.train.sequence_length)  # fmt: skip
 
 
 def try_rung(
@@ -213,7 +207,6 @@ def measure(
     config: RunConfig, joined: Any, device: torch.device, arguments: argparse.Namespace, predicted: Memory | None
 ) -> dict[str, Any]:
     """Train config.train.steps steps, of which those after the warmup are timed, but for the last if it is profiled."""
-    attention = resolve(config.model.attention_backend, needs(config, device))
     norm = "compiled" if config.compiles(device.type) else resolve_norm(config.model.norm_implementation, device.type)
     laps, losses = Laps(device), []
     on_gpu = device.type == "cuda"
@@ -231,7 +224,7 @@ def measure(
         if len(losses) > timed:
             profiler.stop()
 
-    train(config, joined, device, after_step=after_step, draw=False)
+    attention = train(config, joined, device, after_step=after_step, draw=False)
     seconds = laps.seconds()
     matmul = matmul_rate(device)  # as warm as the device has become
     time_of_step = timing(seconds)

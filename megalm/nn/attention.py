@@ -187,7 +187,9 @@ class Attention(nn.Module):
             cached=mask.query_positions is not None,
             long=k.shape[1] > LONG,
         )
-        return attention(q, k, v, mask, resolve(self.config.attention_backend, needs))
+        # A kernel is named for training: what it has not, generation does not want either.
+        backend = self.config.attention_backend if self.cache is None else "auto"
+        return attention(q, k, v, mask, resolve(backend, needs))
 
     def _slopes(self, device: torch.device) -> Tensor:
         """ALiBi's, of this rank's heads: [heads / T]."""

@@ -93,7 +93,8 @@ class BlockConfig(Config):
     attention_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropped share of attention weights (takes the plain backend)."""
     attention_backend: AttentionBackend = "auto"
-    """Kernel for attention; `auto` takes the fastest that is installed and passes its self-check."""
+    """Kernel for attention in training; of those that are installed and pass their self-check, `auto` measures which is
+    the fastest for the run's shape on a GPU, and a run that goes on keeps it."""
 
     @property
     def key_value_heads(self) -> int:

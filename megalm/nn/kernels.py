@@ -8,7 +8,9 @@ import importlib
 import inspect
 import logging
 import math
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -485,6 +487,49 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, backend: str) -> Tens
     return BACKENDS[backend].run(q, k, v, mask)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What one call of attention is given, on one rank."""
+
+    batch: int
+    seq: int
+    heads: int
+    kv_heads: int
+    window: int = 33
+    """Where there is one at all."""
+
+
+def _sample(
+    needs: Requirements, shape: Shape, *, document: int, std: float, draw: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Mask]:
+    """q, k, v, a gradient of the output, and a mask of the kind that is asked for. document: tokens of a segment. std:
+    of queries and keys."""
+    device = torch.device(needs.device)
+
+    def normal(heads: int, std: float = 1.0) -> Tensor:
+        x = torch.randn(shape.batch, shape.seq, heads, needs.head_dim, generator=draw, device=draw.device) * std
+        return x.to(device, needs.dtype)
+
+    q, k, v, gradient = (
+        normal(shape.heads, std),
+        normal(shape.kv_heads, std),
+        normal(shape.kv_heads),
+        normal(shape.heads),
+    )
+    places = torch.arange(shape.seq, device=device)
+    segments = (places // document).repeat(shape.batch, 1) if needs.segments else None
+    mask = Mask(
+        kind=needs.kind,
+        window=shape.window if needs.window else None,
+        query_segments=segments,
+        key_segments=segments,
+        prefix_lengths=5 + 85 * torch.arange(shape.batch, device=device) if needs.kind == "prefix" else None,
+        slopes=0.5 ** torch.arange(1, shape.heads + 1, device=device) if needs.alibi else None,
+        query_positions=(places // 2).repeat(shape.batch, 1) if needs.cached else None,
+    )
+    return q, k, v, gradient, mask
+
+
 def _self_check(backend: Backend, needs: Requirements, compiled: bool = False) -> str | None:
     """Compare output and gradients with the plain backend on a small input; why not to trust it, or None. compiled: of
     the backend as a part of what torch.compile builds.
@@ -493,26 +538,9 @@ def _self_check(backend: Backend, needs: Requirements, compiled: bool = False) -
     matters. The tolerance is twice the distance between numbers of the dtype, or 1e-4: kernels that round only their
     operands are within one, softmax over scores in bf16 is not within three.
     """
-    device = torch.device(needs.device)
-    draw = torch.Generator().manual_seed(0)
-    batch, kv_heads = 2, 2
     seq = LONG + 256 if needs.long and needs.device == "cuda" else 256
-
-    def sample(heads: int, std: float = 1.0) -> Tensor:
-        return (torch.randn(batch, seq, heads, needs.head_dim, generator=draw) * std).to(device, needs.dtype)
-
-    heads = kv_heads * needs.group
-    q, k, v, out_gradient = sample(heads, 3.0), sample(kv_heads, 3.0), sample(kv_heads), sample(heads)
-    segments = (torch.arange(seq, device=device) // 70).repeat(batch, 1) if needs.segments else None
-    mask = Mask(
-        kind=needs.kind,
-        window=33 if needs.window else None,
-        query_segments=segments,
-        key_segments=segments,
-        prefix_lengths=torch.tensor([5, 90], device=device) if needs.kind == "prefix" else None,
-        slopes=0.5 ** torch.arange(1, kv_heads * needs.group + 1, device=device) if needs.alibi else None,
-        query_positions=(torch.arange(seq, device=device) // 2).repeat(batch, 1) if needs.cached else None,
-    )
+    shape = Shape(batch=2, seq=seq, heads=2 * needs.group, kv_heads=2)
+    q, k, v, out_gradient, mask = _sample(needs, shape, document=70, std=3.0, draw=torch.Generator().manual_seed(0))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:
         return attention(q, k, v, mask, name)
@@ -555,19 +583,72 @@ def traces(name: str, needs: Requirements) -> bool:
 
 
 @cache
+def _why_not(name: str, needs: Requirements) -> str | None:
+    """Why a backend cannot serve or is not to be trusted, or None."""
+    backend = BACKENDS[name]
+    return backend.refusal(needs) or (None if name == "plain" else _self_check(backend, needs))
+
+
+def serving(needs: Requirements) -> list[str]:
+    """The backends that are installed, suit and pass their self-check, in the order of BACKENDS; at least `plain`."""
+    return [name for name in BACKENDS if _why_not(name, needs) is None]
+
+
+@cache
 def resolve(name: str, needs: Requirements) -> str:
-    """The backend to use: `name` itself, or for `auto` the fastest that is installed, suits and passes its self-check.
+    """The backend to use: `name` itself, or for `auto` the first that is installed, suits and passes its self-check.
 
     Raises MegalmError if a named backend cannot serve.
     """
-    for backend in BACKENDS.values() if name == "auto" else (BACKENDS[name],):
-        refusal = backend.refusal(needs)
-        if refusal is None and backend.name != "plain":
-            refusal = _self_check(backend, needs)
-        if refusal is None:
-            return backend.name
-        if name != "auto":
-            raise MegalmError(
-                f"model.attention_backend {name} cannot serve this run: {refusal}; set it to auto to take one that can"
-            )
-    raise AssertionError("the plain backend serves everything")
+    if name == "auto":
+        return next(backend for backend in BACKENDS if _why_not(backend, needs) is None)
+    if refusal := _why_not(name, needs):
+        raise MegalmError(
+            f"model.attention_backend {name} cannot serve this run: {refusal}; set it to auto to take one that can"
+        )
+    return name
+
+
+NEAR = 1.05
+"""Times of two backends that are this close decide nothing: another measurement may put the other first."""
+
+
+def fastest(seconds: dict[str, float]) -> str:
+    """Of backends in the order of BACKENDS, the first whose time is within NEAR of the shortest."""
+    return next(name for name, its in seconds.items() if its <= NEAR * min(seconds.values()))
+
+
+def measure(
+    names: Sequence[str], needs: Requirements, shape: Shape, rounds: int = 5, calls: int = 4
+) -> dict[str, float]:
+    """Seconds that attention takes forward and backward in each backend, for rows of four documents if they are
+    segmented: the median of `rounds` of `calls`, with the backends in turn. One that fails at this shape is left out.
+    """
+    draw = torch.Generator(needs.device).manual_seed(0)
+    q, k, v, gradient, mask = _sample(needs, shape, document=-(-shape.seq // 4), std=1.0, draw=draw)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def seconds(name: str, times: int) -> float:
+        begun = _now(needs.device)
+        for _ in range(times):
+            torch.autograd.grad(attention(q, k, v, mask, name), inputs, gradient)
+        return (_now(needs.device) - begun) / times
+
+    found: dict[str, list[float]] = {}
+    for name in names:
+        try:
+            seconds(name, 2)  # what is built or tuned at the first call is not part of its time
+            found[name] = []
+        except Exception as error:  # whatever a kernel raises, another one can serve
+            logger.warning("attention %s fails at the run's shape: %s", name, reason(error))
+    for _ in range(rounds):
+        for name, its in found.items():
+            its.append(seconds(name, calls))
+    return {name: statistics.median(its) for name, its in found.items()}
+
+
+def _now(device: str) -> float:
+    """Seconds on a clock, when all work given to the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

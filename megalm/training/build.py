@@ -24,7 +24,7 @@ from megalm.nn.attention import requirements
 from megalm.nn.block import Block
 from megalm.nn.config import Recompute
 from megalm.nn.init import spec_of
-from megalm.nn.kernels import Requirements, resolve, traces
+from megalm.nn.kernels import Requirements, Shape, fastest, measure, resolve, serving, traces
 from megalm.nn.loss import head_loss
 from megalm.nn.norm import resolve_norm
 from megalm.optim.adamw import MOMENTS, build_optimizer, resolve_implementation
@@ -58,6 +58,8 @@ from megalm.training.whereabouts import Whereabouts
 
 logger = logging.getLogger(__name__)
 
+MEASURED = ("cuda",)
+"""Devices on which the fastest attention kernel is found by measuring; on a CPU the order of kernels is known."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -124,7 +126,7 @@ def build_engine(
         for block in blocks:
             float8.convert(block, device)
     if config.compiles(device.type):
-        needs = _needs(config, device)
+        needs = attention_needs(config, device)
         attention = resolve(model.attention_backend, needs)
         for block in blocks:
             block.compile_training(device, attention if traces(attention, needs) else None)
@@ -186,20 +188,23 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
     joined = groups.create(planned.layout)
     lock = Lock(Path(config.run.directory))
 
-    def begin() -> tuple[Path | None, dict[str, Any] | None]:
+    def begin() -> tuple[Path | None, dict[str, Any] | None, str | None]:
         lock.acquire()
         found = resume.find(config)
         if found is None:
-            return None, None
+            return None, None, None
         manifest = checkpoints.read(found)
         resume.check(manifest, planned, str(found))
-        return found, manifest.data
+        return found, manifest.data, manifest.config["model"]["attention_backend"]
 
-    found, state = joined.decide(begin)
+    found, state, attention = joined.decide(begin)
     fitness = preflight.examine(planned, joined, device, whereabouts) if config.run.preflight else None
     if config.compiles(device.type):
         whereabouts.note("trying torch.compile")
         planned = _without_broken_compiler(planned, joined, devices.compiler_problem(device))
+    whereabouts.note("measuring attention kernels")
+    config, measured = choose_attention(config, joined, device, attention)
+    planned = replace(planned, config=config)
     whereabouts.note("predicting the memory of a step")
     planned, recompute, predicted = _with_recompute(planned, joined, device, devices.memory(device))
     config = planned.config
@@ -228,6 +233,7 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
     names = [spec.name for spec in specs]
     held_out, scorers = _held_out(planned, joined)
     facts = _facts(planned, device, sizes)
+    facts["attention"] += measured
     facts["recompute"] = recompute
     if fitness:
         facts["preflight"] = fitness.summary
@@ -310,6 +316,48 @@ def _without_broken_compiler(planned: Plan, joined: Groups, problem: str | None)
     return replace(planned, config=config.model_copy(update={"train": without}))
 
 
+def choose_attention(
+    config: RunConfig, joined: Groups, device: torch.device, kept: str | None = None
+) -> tuple[RunConfig, str]:
+    """The config with the kernel that model.attention_backend `auto` takes on a GPU, the same on all ranks, and words
+    on the choice. kept: what a run that goes on computed with until now. All ranks call it.
+
+    Elsewhere and under train.deterministic nothing is measured, because two measurements may end in two choices.
+    """
+    if config.model.attention_backend != "auto" or device.type not in MEASURED or config.train.deterministic:
+        return config, ""
+    needs = attention_needs(config, device)
+    everyone = joined.gather(serving(needs))
+    # plain holds the scores of all pairs: it serves where nothing else does
+    names = [name for name in everyone[0] if all(name in others for others in everyone) and name != "plain"]
+    if len(names) < 2:
+        return config, ""
+
+    def choose() -> tuple[str, str]:
+        if kept in names:
+            return str(kept), "; as until now"
+        model, tensor = config.model, config.parallel.tensor
+        times = measure(
+            names,
+            needs,
+            Shape(
+                batch=config.train.micro_batch_size,
+                seq=config.train.sequence_length,
+                heads=model.num_attention_heads // tensor,
+                kv_heads=max(1, model.key_value_heads // tensor),
+                window=model.sliding_window or 0,
+            ),
+        )
+        if not times:
+            return names[0], ""
+        found = ", ".join(f"{name} {1000 * its:.2f} ms" for name, its in times.items())
+        return fastest(times), f"; measured {found}"
+
+    backend, words = joined.decide(choose)
+    model = config.model.model_copy(update={"attention_backend": backend})
+    return config.model_copy(update={"model": model}), words
+
+
 def _with_recompute(
     planned: Plan, joined: Groups, device: torch.device, memory: int | None
 ) -> tuple[Plan, str, int | None]:
@@ -321,7 +369,7 @@ def _with_recompute(
     least = min((size for size in joined.gather(memory) if size is not None), default=None)
 
     def choose() -> tuple[Recompute, int | None]:
-        attention = resolve(planned.config.model.attention_backend, _needs(planned.config, device))
+        attention = resolve(planned.config.model.attention_backend, attention_needs(planned.config, device))
         model = planned.config.model.model_copy(update={"attention_backend": attention})
         try:
             return choose_recompute(planned.config.model_copy(update={"model": model}), planned.layout.data, least)
@@ -414,7 +462,7 @@ def _require_same_kernels(joined: Groups, facts: dict[str, str]) -> None:
             )
 
 
-def _needs(config: RunConfig, device: torch.device) -> Requirements:
+def attention_needs(config: RunConfig, device: torch.device) -> Requirements:
     """What training asks of its attention kernel."""
     return requirements(
         config.model,
@@ -430,7 +478,7 @@ def _facts(planned: Plan, device: torch.device, sizes: Mapping[str, int]) -> dic
     config = planned.config
     optimizer = config.optimizer
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    needs, compiled = _needs(config, device), config.compiles(device.type)
+    needs, compiled = attention_needs(config, device), config.compiles(device.type)
     attention = resolve(config.model.attention_backend, needs)
     precision = f"{config.train.precision} and fp8" if config.train.fp8 else config.train.precision
     return {

@@ -138,6 +138,17 @@ def test_greedy_equals_hugging_face(make_model: MakeModel) -> None:
     assert all(differ)
 
 
+def test_a_kernel_named_for_training_does_not_stop_generation(make_model: MakeModel) -> None:
+    """As a run's own model has one when its held-out rows are answered; this one knows no cache of keys."""
+    prompt = prompts(3)[2]
+    expected = ids(make_model()[0], prompt)
+    model, _ = make_model(attention_backend="blocks")
+    assert ids(model, prompt) == expected
+    tokens = torch.arange(8)[None]
+    with pytest.raises(MegalmError, match="attention_backend blocks cannot serve this run"):
+        model((tokens, torch.zeros_like(tokens), tokens, torch.zeros(1, dtype=torch.long)))
+
+
 def test_beyond_the_context_the_last_tokens_count(make_model: MakeModel) -> None:
     """Every token is the most likely one after the 16 before it, in Hugging Face's model."""
     model, config = make_model(max_position_embeddings=16)

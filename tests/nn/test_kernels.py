@@ -312,11 +312,16 @@ def test_flash_packages_follow_torchs_switch(
 # ---- the choice
 
 
+def forget() -> None:
+    resolve.cache_clear()
+    kernels._why_not.cache_clear()
+
+
 @pytest.fixture(autouse=True)
-def _forget_choices():
-    resolve.cache_clear()
+def _forget_choices() -> Iterator[None]:
+    forget()
     yield
-    resolve.cache_clear()
+    forget()
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], broken: tuple[str, ...] = ()) -> None:
@@ -331,13 +336,13 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], bro
 GPU = Requirements("cuda", torch.bfloat16)
 
 
-def test_auto_takes_the_fastest_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_first_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, ())
     assert resolve("auto", GPU) == "sdpa_cudnn"
-    resolve.cache_clear()
+    forget()
     pretend_gpu(monkeypatch, ("flash2",))
     assert resolve("auto", GPU) == "sdpa_cudnn"
-    resolve.cache_clear()
+    forget()
     pretend_gpu(monkeypatch, ("flash2", "flash3"))
     assert resolve("auto", GPU) == "flash3"
 
@@ -407,11 +412,58 @@ def test_a_kernel_is_compiled_only_if_its_results_stay(monkeypatch: pytest.Monke
         assert problem in str(kernels._self_check(backend, needs, compiled=True))
 
 
+def test_a_near_tie_is_not_decided_by_a_clock() -> None:
+    assert kernels.fastest({"flash3": 1.04, "flash4": 1.0, "sdpa": 3.0}) == "flash3"
+    assert kernels.fastest({"flash3": 1.06, "flash4": 1.0, "sdpa": 3.0}) == "flash4"
+    assert kernels.fastest({"flash3": 1.06, "flash4": 1.04, "sdpa": 1.0}) == "flash4"
+
+
+def test_backends_are_measured_in_turn_at_the_shape_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on only inside a backend; the first calls, which build and tune, take 100 times as long."""
+    needs = Requirements("cpu", torch.float32, head_dim=8, group=2, segments=True, window=True)
+    shape = kernels.Shape(batch=3, seq=20, heads=4, kv_heads=2, window=7)
+    clock, order = [0.0], []
+
+    def planted(name: str, takes: float) -> None:
+        def run(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+            assert (q.shape, k.shape, v.shape) == ((3, 20, 4, 8), (3, 20, 2, 8), (3, 20, 2, 8))
+            assert mask.query_segments is not None and mask.query_segments[1].tolist() == sorted([0, 1, 2, 3] * 5)
+            assert mask.window == 7
+            if takes == math.inf:
+                raise torch.OutOfMemoryError("out of memory")
+            clock[0] += takes * (100 if name not in order else 1)
+            order.append(name)
+            return BACKENDS["plain"].run(q, k, v, mask)
+
+        monkeypatch.setitem(BACKENDS, name, dataclasses.replace(BACKENDS[name], run=run))
+
+    for name, takes in {"flash3": 0.03, "flash4": math.inf, "sdpa": 0.01}.items():
+        planted(name, takes)
+    monkeypatch.setattr(kernels, "_now", lambda device: clock[0])
+    times = kernels.measure(["flash3", "flash4", "sdpa"], needs, shape, rounds=3, calls=2)
+    assert times == pytest.approx({"flash3": 0.03, "sdpa": 0.01})
+    assert order == ["flash3"] * 2 + ["sdpa"] * 2 + (["flash3"] * 2 + ["sdpa"] * 2) * 3
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"segments": True, "window": True}, {"alibi": True}, {"kind": "prefix"}, {"dropout": True}]
+)
+def test_what_serves_can_be_measured(changes: dict) -> None:
+    needs = Requirements("cpu", torch.bfloat16, head_dim=8, group=2, long=False, **changes)
+    names = kernels.serving(needs)
+    assert names[-1] == "plain" and names[0] == resolve("auto", needs)
+    drawn = torch.get_rng_state()
+    times = kernels.measure(names, needs, kernels.Shape(batch=2, seq=100, heads=4, kv_heads=2), rounds=1, calls=1)
+    assert list(times) == names and all(its > 0 for its in times.values())
+    assert torch.equal(torch.get_rng_state(), drawn), "a run's own random numbers stay"
+
+
 def test_a_named_backend_that_cannot_serve_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in ("flash2", "flash3", "flash4"):
         with pytest.raises(MegalmError, match=f"attention_backend {backend} .* does not import .*auto"):
             resolve(backend, GPU)
     pretend_gpu(monkeypatch, ("flash2", "flash3"), broken=("flash2",))
+    forget()
     with pytest.raises(MegalmError, match="flash3 cannot serve this run: it does not support alibi"):
         resolve("flash3", Requirements("cuda", torch.bfloat16, alibi=True))
     with pytest.raises(MegalmError, match="does not run on cpu"):
