@@ -14,6 +14,7 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401  DeepSpeed
 import deepspeed.runtime.zero.stage3  # noqa: E402, F401
 import megatron.core.tensor_parallel  # noqa: E402, F401
 
+import megalm.metrics.plot  # noqa: E402, F401  rank 0 draws
 import megalm.parallel.tensor  # noqa: E402, F401
 import megalm.training.build  # noqa: E402, F401
 

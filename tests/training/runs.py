@@ -13,10 +13,12 @@ from megalm.checkpoint import manifest as manifests
 from megalm.checkpoint.tensors import Reader
 
 
-def train_run(tree: dict[str, Any], sabotage: Callable[[Any], None] | None = None) -> int:
-    """Train as train.py does; returns the exit code. sabotage is given the Run before its first step."""
+def train_run(tree: dict[str, Any], sabotage: Callable[[Any], None] | None = None, picture: bool = False) -> int:
+    """Train as train.py does; returns the exit code. sabotage is given the Run before its first step. picture: draw
+    it, which takes half a second."""
     from megalm.parallel import device
     from megalm.training.build import build
+    from megalm.training.callbacks.metrics import Metrics
     from megalm.training.config import RunConfig
     from megalm.training.loop import train
     from megalm.training.plan import plan
@@ -26,6 +28,8 @@ def train_run(tree: dict[str, Any], sabotage: Callable[[Any], None] | None = Non
     torch.set_num_threads(1)
     planned = plan(RunConfig.model_validate(tree), int(os.environ["WORLD_SIZE"]))
     Run.say = _note  # type: ignore[method-assign]
+    if not picture:
+        Metrics._draw = lambda self, run: None  # type: ignore[method-assign]
     run = build(planned, device.choose("cpu"))
     if sabotage:
         sabotage(run)

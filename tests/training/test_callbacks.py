@@ -9,16 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megalm.data.index import ShardReader
+from megalm.metrics import plot
+from megalm.metrics.config import LoggingConfig
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load
 from megalm.training.build import _held_out, _held_out_bytes, _short_names
-from megalm.training.callbacks import anomalies
+from megalm.training.callbacks import anomalies, metrics
 from megalm.training.callbacks.anomalies import Anomalies
 from megalm.training.callbacks.checkpoints import Checkpoints
 from megalm.training.callbacks.evaluation import Evaluation
 from megalm.training.callbacks.garbage import GarbageCollection
+from megalm.training.callbacks.metrics import Metrics
 from megalm.training.config import RunConfig
 from megalm.training.plan import plan
 from megalm.training.run import ANOMALY, DONE, PREEMPTED, Callback, Run
@@ -341,3 +345,28 @@ def test_a_callback_needs_none_of_the_hooks() -> None:
 )
 def test_corpora_are_named_by_the_shortest_end_that_tells_them_apart(paths: list[str], names: list[str]) -> None:
     assert _short_names(paths) == names
+
+
+def test_pictures_take_a_hundredth_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand seconds, a step and an evaluation in each; a picture takes two. The last is drawn anyhow."""
+    clock, drawn = [0.0], []
+
+    def draw(runs: list[Path], picture: Path) -> None:
+        assert (runs, picture) == ([tmp_path], tmp_path / "loss.png")
+        clock[0] += 2.0
+        drawn.append(run.step)
+
+    monkeypatch.setattr(plot, "plot_runs", draw)
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    run = StandIn(steps=1000, directory=tmp_path)
+    run.facts, run.tokens, run.failed_saves = {"model": "small"}, 0, 0
+    run.config.run = run.config.model_dump = dict
+    callback = Metrics(LoggingConfig(progress_bar="off"), torch.device("cpu"))
+    callback.on_start(run)  # type: ignore[arg-type]
+    for run.step in range(1, 1001):
+        clock[0] += 1.0
+        run.tokens += 16
+        record = {"step": run.step, "tokens": run.tokens, "loss": 2.0, "lr": 1.0, "grad_norm": 1.0, "seconds": 1.0}
+        callback.after_step(run, record | {"applied": True, "held_out": {"web": 2.0}})  # type: ignore[arg-type]
+    callback.on_end(run)  # type: ignore[arg-type]
+    assert drawn == [50, 250, 450, 650, 850, 1000]

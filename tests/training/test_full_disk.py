@@ -15,9 +15,8 @@ import torch
 from megalm.checkpoint import folder as checkpoints
 from megalm.checkpoint import tensors
 from megalm.errors import MegalmError
-from megalm.metrics import sinks
+from megalm.metrics import plot, sinks
 from megalm.training import run as runs
-from megalm.training.callbacks import metrics
 from tests.distributed.ranks import run_ranks
 from tests.training.runs import curve, state, train_run
 
@@ -61,7 +60,7 @@ class NoRecordsAt:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         sinks.JsonlSink._flush = full  # type: ignore[method-assign]
-        metrics.plot_runs = nowhere  # type: ignore[assignment]
+        plot.plot_runs = nowhere  # type: ignore[assignment]
         runs.write_event = nowhere  # type: ignore[assignment]
 
 
@@ -157,7 +156,7 @@ def test_a_disk_that_is_really_full(settings: Settings, small_disk: Path, measur
 
 def test_training_goes_on_without_records_and_writes_them_later(settings: Settings) -> None:
     tree, whole = settings("full", checkpoint={"every": 2}), settings("whole", checkpoint={"every": 2})
-    assert run_ranks(1, partial(train_run, sabotage=NoRecordsAt(3, 4, 5)), tree) == [0]
+    assert run_ranks(1, partial(train_run, sabotage=NoRecordsAt(3, 4, 5), picture=True), tree) == [0]
     assert run_ranks(1, train_run, whole) == [0]
     assert curve(tree) == curve(whole)
     assert said(tree).count("cannot be written ([Errno 28] No space left on device); training goes on") == 1

@@ -44,7 +44,7 @@ def tree_of(settings: Settings, name: str, layout: dict[str, Any]) -> dict[str, 
 
 def test_a_run_leaves_what_it_promises(settings: Settings, corpus: Path) -> None:
     tree = settings()
-    assert run_ranks(1, train_run, tree) == [0]
+    assert run_ranks(1, partial(train_run, picture=True), tree) == [0]
     directory = Path(tree["run"]["directory"])
     records = curve(tree)
     assert [record["step"] for record in records] == list(range(1, 9))

@@ -8,9 +8,11 @@ import torch
 from megalm.metrics import flops
 from megalm.metrics.config import LoggingConfig
 from megalm.metrics.meters import format_bytes, resident_memory
-from megalm.metrics.plot import plot_runs
 from megalm.metrics.sinks import Sink, open_sinks
 from megalm.training.run import Callback, Run
+
+DRAWING = 0.01
+"""Share of a run's time that goes into its picture, at most; the ranks wait for the one that draws."""
 
 
 class Metrics(Callback):
@@ -30,6 +32,7 @@ class Metrics(Callback):
         self._seconds = 0.0
         self._tokens = 0
         self._written = False
+        self._next_drawing = time.monotonic() + 0.5 / DRAWING  # the first one takes about half a second
 
     def on_start(self, run: Run) -> None:
         if not run.is_main:
@@ -67,7 +70,7 @@ class Metrics(Callback):
             run.attempt(sink.write, record)
         self._written = True
         self._seconds, self._tokens = 0.0, run.tokens
-        if evaluated:
+        if evaluated and time.monotonic() >= self._next_drawing:
             run.attempt(self._draw, run)
 
     def on_end(self, run: Run) -> None:
@@ -81,7 +84,11 @@ class Metrics(Callback):
                 run.say(f"memory: {peak} at the peak, {format_bytes(self._predicted)} were predicted of a step")
 
     def _draw(self, run: Run) -> None:
+        from megalm.metrics.plot import plot_runs  # matplotlib is a fifth of what a run imports, on every rank
+
+        started = time.monotonic()
         plot_runs([run.directory], run.directory / "loss.png")
+        self._next_drawing = time.monotonic() + (time.monotonic() - started) / DRAWING
 
     def _utilisation(self, run: Run, rate: float) -> dict[str, float]:
         """TFLOP/s per GPU and MFU by both conventions: full attention (PaLM), and attention halved for causality."""
