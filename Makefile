@@ -2,7 +2,11 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sft test test-gpu benchmark-gpu test-matrix test-slurm lint format
+.PHONY: help setup demo demo-data demo-sft test test-gpu benchmark-gpu test-matrix test-slurm lint format
+
+ifneq ($(words $(CURDIR)),1)
+$(error make cannot work in a folder with a space in its path, $(CURDIR): move this checkout)
+endif
 
 # An environment is active if its activate script ran (conda's base environment is the system, not an environment).
 ACTIVE := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)))
@@ -45,9 +49,11 @@ $(STAMP): pyproject.toml constraints.txt | $(PYTHON)
 	@$(PIP) -c $(PINS) 'kenlm>=0.3' || echo "note: kenlm did not compile, so the curation step perplexity is left out"
 	@touch $@
 
-DEMO := runs/demo
 # What the demo trains on: files and folders, or (by default) the text of the Python installation itself.
 CORPUS ?=
+# Of names of files and folders, a name of their own, also where others are called the same elsewhere.
+known_as = $(notdir $(firstword $(realpath $1)))-$(firstword $(shell echo '$(realpath $1)' | cksum))
+DEMO := runs/demo$(addprefix -,$(and $(strip $(CORPUS)),$(call known_as,$(wildcard $(CORPUS)))))
 
 # bf16 where this machine multiplies it; a CPU without instructions for it takes ten times as long as for fp32.
 PRECISION ?= $(shell grep -qsEw 'avx512_bf16|amx_bf16|bf16' /proc/cpuinfo || nvidia-smi -L >/dev/null 2>&1 \
@@ -55,23 +61,28 @@ PRECISION ?= $(shell grep -qsEw 'avx512_bf16|amx_bf16|bf16' /proc/cpuinfo || nvi
 TRAIN = $(PYTHON) megalm/train.py --set train.precision=$(PRECISION)
 
 demo: setup ## train a small model on real text and let it write; CORPUS=path for your own text
+	@if test -e $(DEMO)/run/checkpoints/latest; then echo "going on with the text and the run in $(DEMO)"; \
+		else $(MAKE) --no-print-directory demo-data; fi
+	@$(TRAIN) --config configs/demo.yaml --set run.directory=$(DEMO)/run --set data.tokenizer=$(DEMO)/tokenizer \
+		--set data.sources.0.path=$(DEMO)/shards/train --set data.held_out.0.path=$(DEMO)/shards/held_out
+	@echo && echo "What it writes:" && echo
+	@$(PYTHON) tools/generate.py $(DEMO)/run --prompt "The following" --max-new-tokens 120 --temperature 0.7 --top-p 0.9
+
+# Once there is a checkpoint this is not done again: another tokenizer would leave the model unreadable.
+demo-data: setup
 	@$(PYTHON) tools/prepare_corpus.py $(or $(CORPUS),--python) --output $(DEMO)/corpus.jsonl.zst
 	@$(PYTHON) tools/train_tokenizer.py --corpus $(DEMO)/corpus.jsonl.zst --output $(DEMO)/tokenizer --vocab-size 4096 \
 		--overwrite
 	@$(PYTHON) tools/write_shards.py --corpus $(DEMO)/corpus.jsonl.zst --tokenizer $(DEMO)/tokenizer \
 		--output $(DEMO)/shards --held-out 0.03 --overwrite
-	@$(TRAIN) --config configs/demo.yaml
-	@echo && echo "What it writes:" && echo
-	@$(PYTHON) tools/generate.py $(DEMO)/run --prompt "The following" --max-new-tokens 120 --temperature 0.7 --top-p 0.9
 
 # What demo-sft learns: a folder with a classification set (.tsv: text and label, or a number of a name in *labels.txt)
 # and a chat set (*alpaca*.json or *chat*.json, .jsonl); by default rows about the Python installation itself.
 DATA ?=
 ifneq ($(words $(wildcard $(addsuffix /*.*,$(DATA)))),0)
-# DATA's runs stand apart, also from those of a folder of the same name elsewhere.
-SFT := runs/demo-sft-$(notdir $(realpath $(DATA)))-$(firstword $(shell echo '$(realpath $(DATA))' | cksum))
+SFT := $(DEMO)-sft-$(call known_as,$(DATA))
 else ifeq ($(strip $(DATA)),)
-SFT := runs/demo-sft
+SFT := $(DEMO)-sft
 else
 $(error DATA=$(DATA) is no folder with files, or has a space in its name: correct the path)
 endif
@@ -79,6 +90,7 @@ CLASSES := $(if $(DATA),tsv $(wildcard $(DATA)/*.tsv) $(addprefix --names ,$(wil
 CHATS := $(if $(DATA),rows $(wildcard $(DATA)/*alpaca*.json* $(DATA)/*chat*.json*),python-questions)
 QUESTION ?= $(if $(DATA),Give three tips for staying healthy.,What does dumps in Python's module json do?)
 TRAIN_ON = $(TRAIN) --config configs/demo_$1.yaml --set run.directory=$(SFT)/$1 \
+	--set model.init_from=$(DEMO)/run --set data.tokenizer=$(DEMO)/tokenizer \
 	--set data.sources.0.path=$(SFT)/$2/train.jsonl --set data.held_out.0.path=$(SFT)/$2/held_out.jsonl
 
 demo-sft: setup ## fine-tune the demo's model to classify and to chat, beside baselines; DATA=folder for your own rows

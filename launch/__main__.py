@@ -160,7 +160,7 @@ def by_other_launcher(given: argparse.Namespace) -> int:
     target = training(given.config, given.set)
     ranks = given.ranks or job.gpus() or 1
     if given.verb == "deepspeed":
-        commands = [machines.deepspeed_command(target, given.hostfile, ranks)]
+        commands = [machines.deepspeed_command(target, given.hostfile, ranks, job.visible_gpus())]
     else:
         commands = machines.torchrun_commands(target, given.hostfile, ranks)
     if given.dry_run:

@@ -1,5 +1,6 @@
 """A supervised job: inside a batch script of Slurm, or on this machine alone."""
 
+import argparse
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ from launch.site import Site
 from launch.status import jobs_of
 from launch.supervisor import DONE, PREEMPTED, Supervisor, agent_command, python_path
 from launch.target import Target, newest_step, of_command
+from megalm.command_line import count
 from megalm.errors import MegalmError
 from megalm.metrics.events import LAUNCHER, Event, read_events, write_event
 
@@ -40,7 +43,7 @@ def in_slurm(arguments: list[str]) -> int:
     if target.is_done:
         return done_already(target, number)
     names = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
-    ranks = int(os.environ.get("RANKS_PER_NODE") or site.ranks_per_node or os.environ.get("SLURM_GPUS_ON_NODE") or "1")
+    ranks = _ranks_per_node(site)
     if problem := target.problem(len(names) * ranks):
         raise MegalmError(problem)
     start = os.environ.get("SLURM_RESTART_COUNT", "0")
@@ -210,11 +213,28 @@ def here(target: Target, site: Site, ranks: int) -> int:
     return supervisor.run(start_agents)
 
 
+def _ranks_per_node(site: Site) -> int:
+    wanted = os.environ.get("RANKS_PER_NODE")
+    try:
+        asked = count(wanted) if wanted else site.ranks_per_node
+    except argparse.ArgumentTypeError as error:
+        raise MegalmError(f"RANKS_PER_NODE: {error}") from None
+    return asked or int(os.environ.get("SLURM_GPUS_ON_NODE") or 0) or 1
+
+
+def visible_gpus() -> list[str] | None:
+    """Numbers or UUIDs of the GPUs that CUDA_VISIBLE_DEVICES names, if it is set; as for CUDA, -1 ends them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return None
+    return list(takewhile(lambda gpu: gpu not in ("", "-1"), (each.strip() for each in visible.split(","))))
+
+
 def gpus() -> int:
     """GPUs of this machine that a process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = visible_gpus()
     if visible is not None:
-        return len([each for each in visible.split(",") if each])
+        return len(visible)
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout

@@ -43,11 +43,24 @@ def read_hostfile(path: Path) -> list[Host]:
     return hosts
 
 
-def deepspeed_command(target: Target, hostfile: Path | None, ranks: int) -> list[str]:
-    """DeepSpeed's launcher; it reaches other machines by pdsh or ssh itself. Raises MegalmError for an illegal size."""
+def deepspeed_command(target: Target, hostfile: Path | None, ranks: int, visible: list[str] | None = None) -> list[str]:
+    """DeepSpeed's launcher; it reaches other machines by pdsh or ssh itself. visible: the GPUs of this machine that may
+    be used, which its --num_gpus does not look at.
+
+    Raises MegalmError for an illegal size, and for GPUs that its launcher cannot be told.
+    """
     hosts = read_hostfile(hostfile) if hostfile else []
     _require_legal(target, sum(host.slots for host in hosts) if hosts else ranks)
-    where = ["--hostfile", str(hostfile)] if hostfile else ["--num_gpus", str(ranks)]
+    where = ["--num_gpus", str(ranks)]
+    if hostfile:
+        where = ["--hostfile", str(hostfile)]
+    elif visible:
+        if ranks > len(visible) or not all(gpu.isdecimal() for gpu in visible):
+            raise MegalmError(
+                f"DeepSpeed's launcher cannot put {ranks} ranks on CUDA_VISIBLE_DEVICES={','.join(visible)}: it needs "
+                "a number of a GPU for each; take launch local, or correct the variable"
+            )
+        where = ["--include", f"localhost:{','.join(visible[:ranks])}"]
     return [str(Path(sys.executable).with_name("deepspeed")), *where, *target.arguments]
 
 

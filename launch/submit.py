@@ -77,8 +77,8 @@ def submission(
         environment[sites.PROFILE] = str(Path(profile).resolve())
     site = sites.of_environment({**os.environ, **environment}, tuple(overrides))
     # sbatch itself takes most; what the launcher in the job asks for goes through the environment.
-    inside = ("container", "srun", "ranks_per_node", "supervise.", "environment.")
-    if needed := [line for line in overrides if line.startswith(inside)]:
+    inside = ("container", "srun", "ranks_per_node", "supervise", "environment")
+    if needed := [line for line in overrides if line.partition("=")[0].strip().split(".")[0] in inside]:
         environment[sites.OVERRIDES] = "\n".join(needed)
     assert target.config is not None
     name = "sft.sh" if target.config.task is not None else "pretrain.sh"

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from megalm.curate.recipe import Source
+from megalm.data.corpus import walk
 from megalm.errors import MegalmError
 
 COMPRESSIONS = (".gz", ".zst")
@@ -162,15 +163,11 @@ def _find(path: str, source: Source, left_out: Counter[str]) -> Iterator[tuple[s
         return
     for match in sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]:
         if os.path.isdir(match):
-            for parent, folders, names in os.walk(match, followlinks=False):
-                if source.format == "code":
-                    folders[:] = [folder for folder in folders if folder not in NO_SOURCES]
-                folders.sort()
-                for inner in (os.path.join(parent, name) for name in sorted(names)):
-                    if not os.path.isfile(inner):
-                        left_out["broken links and no regular files"] += 1
-                    elif _wanted(inner, source, left_out):
-                        yield inner, *_stated(inner)
+            for inner in walk(match, left_out, NO_SOURCES if source.format == "code" else ()):
+                if not os.path.isfile(inner):
+                    left_out["broken links and no regular files"] += 1
+                elif _wanted(inner, source, left_out):
+                    yield inner, *_stated(inner)
         elif os.path.exists(match):
             yield match, *_stated(match)
 

@@ -14,7 +14,7 @@ import os
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -79,7 +79,7 @@ def gather(
     for given in map(Path, inputs):
         if not given.exists():
             raise MegalmError(f"there is no file or folder {given}: correct the path")
-        for path in _files(given, tally) if given.is_dir() else [given]:
+        for path in map(Path, walk(str(given), tally.skipped)) if given.is_dir() else [given]:
             kind = content_suffix(path)
             if given.is_dir() and kind not in wanted:
                 tally.skipped["of another extension"] += 1
@@ -91,22 +91,28 @@ def gather(
                 yield from _text_file(path, str(path), tally, max_characters)
 
 
-def _files(folder: Path, tally: Tally) -> Iterator[Path]:
+def walk(folder: str, skipped: Counter[str], without: Collection[str] = ()) -> Iterator[str]:
+    """What is in a folder and below, sorted, also behind links. skipped: counts folders that are not entered. without:
+    names of folders that are passed over.
+
+    Raises MegalmError if the folder itself cannot be read.
+    """
+
     def on_error(error: OSError) -> None:
-        if error.filename == str(folder):
+        if error.filename == folder:
             raise MegalmError(f"cannot read the folder {folder}: {error.strerror}") from error
-        tally.skipped["unreadable folders"] += 1
+        skipped["unreadable folders"] += 1
 
     visited: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(folder, onerror=on_error, followlinks=True):
         place = os.stat(parent)
         if (place.st_dev, place.st_ino) in visited:
-            tally.skipped["links to folders already read"] += 1
+            skipped["links to folders already read"] += 1
             folders.clear()
             continue
         visited.add((place.st_dev, place.st_ino))
-        folders.sort()
-        yield from (Path(parent, name) for name in sorted(files))
+        folders[:] = sorted(name for name in folders if name not in without)
+        yield from (os.path.join(parent, name) for name in sorted(files))
 
 
 def read_lines(path: Path) -> Iterator[bytes]:

@@ -144,6 +144,21 @@ def test_a_file_that_cannot_be_read_is_put_aside(tmp_path: Path) -> None:
     assert reasons(list(open_reader(given, file).read())) == ["a file that cannot be opened or read"]
 
 
+def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
+    raw, elsewhere = tmp_path / "raw", tmp_path / "elsewhere"
+    (raw / "a").mkdir(parents=True)
+    elsewhere.mkdir()
+    (raw / "a" / "x.jsonl").write_text("{}\n")
+    (elsewhere / "y.jsonl").write_text("{}\n")
+    (raw / "linked").symlink_to(elsewhere)
+    (raw / "linked_again").symlink_to(elsewhere)
+    (elsewhere / "circle").symlink_to(raw)
+    (raw / "broken.jsonl").symlink_to(raw / "nothing")
+    files, left_out = list_files(source(raw), "sources.0")
+    assert [Path(file.path).relative_to(raw).as_posix() for file in files] == ["a/x.jsonl", "linked/y.jsonl"]
+    assert left_out == {"links to folders already read": 2, "broken links and no regular files": 1}
+
+
 def test_urls(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
     (tmp_path / "deep").mkdir()

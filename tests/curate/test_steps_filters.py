@@ -15,7 +15,7 @@ from megalm.curate.step import Step
 from megalm.curate.steps.gopher_repetition import repetition
 from megalm.curate.steps.profiles import profile_of
 from megalm.curate.steps.registry import KINDS
-from megalm.curate.steps.sentences import unspaced_words
+from megalm.curate.steps.sentences import sentences, unspaced_words
 from megalm.curate.steps.units import hash_of, units
 
 PROSE = (
@@ -347,3 +347,21 @@ def test_verdicts_are_those_of_datatrove(kind, module, name, monkeypatch):
 def test_a_verse_loses_no_line():
     poem = Document("1", "床前明月光，\n疑是地上霜。\n举头望明月，\n低头思故乡。", {"language": "zh"})
     assert build("c4").apply([poem]) == [None] and poem.text.count("\n") == 3
+
+
+def test_sentences_end_at_their_marks():
+    for text, count in {
+        "One. Two! Three?": 3,
+        "Wait... what?! (No.) 3.14 is pi.": 4,
+        'He said "no." She "yes!"': 2,
+        "no end": 1,
+        "a.b.c": 1,
+        "你好。再见！Yes.": 3,
+    }.items():
+        assert sentences(text) == count, text
+
+
+def test_a_row_of_marks_is_read_once():
+    """From each mark on, a million of them would take hours."""
+    assert sentences("." * 1_000_000 + "x") == 1
+    assert sentences("。" + ".!" * 500_000 + "x") == 1

@@ -92,6 +92,14 @@ def test_plain_text_goes_on_as_it_is_unless_told(text, metadata):
     assert one("extract_html", Document("1", text, metadata), plain_text="reject") == "plain text"
 
 
+@pytest.mark.parametrize("after", ["# Title", "<p>text"])
+def test_comments_before_the_text_are_read_once(after):
+    """Badges of a README; told apart in every way, forty of them would take years."""
+    document = Document("1", "<!-- badge -->\n" * 4000 + after, {})
+    assert one("extract_html", document) is None
+    assert ("badge" in document.text) == (after == "# Title")
+
+
 def test_no_page_stops_a_task():
     draw = random.Random(0)
     raw = page(PARAGRAPHS)

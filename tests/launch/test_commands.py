@@ -130,9 +130,75 @@ def test_the_other_launchers(launch: Launch, config: str, tmp_path: Path) -> Non
     deepspeed = launch("deepspeed", "--config", config, "--hostfile", str(hosts), "--dry-run").stdout
     assert f"--hostfile {hosts} megalm/train.py --config {config}" in deepspeed.replace(f"{REPOSITORY}/", "")
     assert launch("local", "--config", config, "--ranks", "2", "--dry-run").stdout.startswith("2 x ")
+    assert "--num_gpus 2 " in launch("deepspeed", "--config", config, "--ranks", "2", "--dry-run").stdout
     hosts.write_text("a slots=2\na slots=2\n")
     with pytest.raises(MegalmError, match="hosts:2: 'a slots=2' is not NAME slots=N of a machine not named before"):
         read_hostfile(hosts)
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks", "where"),
+    [
+        ("4,6", [], "--include localhost:4,6"),
+        ("4,6,-1,7", [], "--include localhost:4,6"),
+        ("4,6", ["--ranks", "1"], "--include localhost:4"),
+        ("", ["--ranks", "2"], "--num_gpus 2"),
+        ("-1", [], "--num_gpus 1"),
+        ("4,6", ["--ranks", "4"], None),
+        ("GPU-8f2a,GPU-91bc", [], None),
+    ],
+)
+def test_deepspeeds_launcher_leaves_the_gpus_of_others_alone(
+    config: str,
+    visible: str,
+    ranks: list[str],
+    where: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By itself it takes --num_gpus from the first GPU on, whatever CUDA_VISIBLE_DEVICES says."""
+    from launch.__main__ import main
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(sys, "argv", ["launch", "deepspeed", "--config", config, *ranks, "--dry-run"])
+    if where is None:
+        with pytest.raises(
+            MegalmError, match=f"cannot put . ranks on CUDA_VISIBLE_DEVICES={visible}: it needs a number"
+        ):
+            main()
+    else:
+        assert main() == 0
+        assert f" {where} " in capsys.readouterr().out
+
+
+def test_what_ranks_read_reaches_them(config: str) -> None:
+    """sbatch takes the rest of a profile itself; a mapping is as good as its keys."""
+    from launch import site
+    from launch.submit import submission
+    from launch.target import training
+
+    wanted = ["environment={NCCL_DEBUG: INFO}", "supervise={restarts: 9}", "supervise.backoff=3", "nodes=1"]
+    made = submission(training(config, []), ["--config", config], wanted)
+    inside = site.of_environment(made.environment)
+    assert inside.environment == {"NCCL_DEBUG": "INFO"}
+    assert (inside.supervise.restarts, inside.supervise.backoff, inside.nodes) == (9, 3, None)
+
+
+def test_a_job_needs_a_rank(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.job import _ranks_per_node
+    from launch.site import Site
+
+    for name, text in (("RANKS_PER_NODE", "0"), ("RANKS_PER_NODE", "x")):
+        monkeypatch.setenv(name, text)
+        with pytest.raises(MegalmError, match=f"RANKS_PER_NODE: {text} is not a whole number from 1 on"):
+            _ranks_per_node(Site())
+    monkeypatch.setenv("RANKS_PER_NODE", "3")
+    assert _ranks_per_node(Site(ranks_per_node=5)) == 3
+    monkeypatch.delenv("RANKS_PER_NODE")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "0")
+    assert (_ranks_per_node(Site()), _ranks_per_node(Site(ranks_per_node=5))) == (1, 5)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    assert _ranks_per_node(Site()) == 8
 
 
 def test_it_answers_at_once_and_without_torch(config: str) -> None:

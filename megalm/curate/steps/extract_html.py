@@ -13,7 +13,9 @@ from megalm.curate.step import ByDocument
 
 _TAGS = "html|head|body|title|meta|link|p|div|span|a|br|table|td|li|ul|h[1-6]|article|section|main|script|img|b|i"
 _TAG = re.compile(rf"<(?:!doctype|{_TAGS})\b", re.IGNORECASE)
-_BEGINS = re.compile(rf"[\s\ufeff]*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|{_TAGS})\b", re.I | re.S)
+# Atomic and possessive: what begins with many comments would otherwise be tried in every way to part them.
+_COMMENTS = r"(?:<!--(?>.*?-->)\s*+)*+"
+_BEGINS = re.compile(rf"[\s\ufeff]*(?:<\?xml[^>]*>\s*)?{_COMMENTS}<(?:!doctype\s+html|{_TAGS})\b", re.I | re.S)
 
 
 class ExtractHtmlSettings(Config):

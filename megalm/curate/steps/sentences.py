@@ -10,7 +10,8 @@ Syriac, Ethiopic, Burmese, Khmer, Tibetan."""
 _CLOSING = "\"'”’“»›」』）)》〉】\\]"
 ENDED = re.compile(rf"[{re.escape(ENDS)}][{_CLOSING}\s]*$")
 """A line that ends with such a mark, or with what closes behind it."""
-_STOP = rf"[.!?]+[{_CLOSING}]*(?=\s|$)"  # not within a number
+# Not within a number. Tried once for a row of marks, not from each of them on.
+_STOP = rf"(?<![.!?])[.!?]++[{_CLOSING}]*+(?=\s|$)"
 _ASCII_SENTENCE = re.compile(_STOP)  # twice as quick
 _SENTENCE = re.compile(rf"{_STOP}|[{re.escape(ENDS.replace('.?!', ''))}]+")
 _CLAUSE = re.compile("[\u0e01-\u0e4e\u0e81-\u0ece]{20,}")
