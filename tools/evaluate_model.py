@@ -17,6 +17,9 @@ from megalm.command_line import count, count_or_zero
 from megalm.disk import try_writing
 from megalm.errors import MegalmError, main_guard, writing
 
+BY_TASK = ("options", "results", "groups", "task_hashes", "task_versions", "shots", "documents", "higher_is_better")
+"""What results say of each task."""
+
 
 def main() -> None:
     given = arguments()
@@ -56,7 +59,8 @@ def main() -> None:
     if found is not None and (place is None or place.groups.rank == 0):
         names = ("shots", "limit", "seed", "batch_size", "tensor", "pipeline", "apply_chat_template", "system")
         options = {name: getattr(given, name) for name in (*names, "fewshot_as_multiturn")}
-        kept, table = report(found, about | {"options": options, "seconds": round(time.time() - started, 1)})
+        seconds = round(time.time() - started, 1)
+        kept, table = report(found, about | {"options": dict.fromkeys(found["results"], options), "seconds": seconds})
         print(table)
         write(given, kept, found["samples"])
     if place:
@@ -96,7 +100,12 @@ def arguments() -> argparse.Namespace:
         help="draws for standard errors (default: %(default)s)",
     )
     add("--seed", type=int, default=0, metavar="N", help="of few-shot examples and sampling (default: 0)")
-    add("--output", type=Path, metavar="FILE", help="default: RUN/evaluation/step-N.json, or evaluation.json in DIR")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="default: RUN/evaluation/step-N.json, or evaluation.json in DIR; what it holds of other tasks stays",
+    )
     add("--samples", action="store_true", help="also write every question and answer, a .jsonl per task beside it")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as they were trained)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one")
@@ -119,7 +128,10 @@ def load_checkpoint(given: argparse.Namespace, ranks: int) -> tuple[Any, Any, di
     from megalm.eval.load import load_model
 
     folder = checkpoints.resolve(given.checkpoint)
-    settle_output(given, folder.parent.parent / "evaluation" / f"{folder.name}.json")
+    of_run = folder.resolve().parent.name == "checkpoints"
+    settle_output(
+        given, folder.parent.parent / f"evaluation/{folder.name}.json" if of_run else folder / "evaluation.json"
+    )
     device: Any = given.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -160,7 +172,8 @@ def load_checkpoint(given: argparse.Namespace, ranks: int) -> tuple[Any, Any, di
 
         chat = Chat(tokenizer, chat_template(given.checkpoint, given.tokenizer))
     groups = place.groups if place else None
-    return place, HarnessModel(model, config, tokenizer, batch_size=given.batch_size, ranks=groups, chat=chat), about
+    options: Any = {"batch_size": given.batch_size, "seed": given.seed, "ranks": groups, "chat": chat}
+    return place, HarnessModel(model, config, tokenizer, **options), about
 
 
 def load_hugging_face(given: argparse.Namespace, ranks: int) -> tuple[Any, Any, dict[str, Any]]:
@@ -214,12 +227,24 @@ def settle_output(given: argparse.Namespace, otherwise: Path) -> None:
             try_writing(given.output)
 
 
+def with_other_tasks(kept: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The results, and what `output` holds already of the same weights: its other tasks."""
+    try:
+        before = json.loads(output.read_text(encoding="utf-8"))
+        if before["checkpoint"]["fingerprint"] != kept["checkpoint"]["fingerprint"]:
+            return kept
+        return kept | {key: before[key] | kept[key] for key, value in kept.items() if key in BY_TASK}
+    except (OSError, ValueError, KeyError, TypeError):  # there is nothing, or nothing of ours
+        return kept
+
+
 def write(given: argparse.Namespace, kept: dict[str, Any], samples: dict[str, list[Any]]) -> None:
     """The results, and the samples if they are wanted."""
     output = given.output
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        whole = with_other_tasks(kept, output)
+        output.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for task, each in samples.items() if given.samples else ():
             lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in each)
             output.with_name(f"{output.stem}.{task}.jsonl").write_text(lines, encoding="utf-8")

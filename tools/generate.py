@@ -87,7 +87,7 @@ def main() -> None:
         if given.prompts:
             for start in range(0, len(prompts), given.batch_size):
                 batch = encoded[start : start + given.batch_size]
-                for prompt, text in zip(prompts[start:], collect(run(batch), len(batch))):
+                for prompt, text in zip(prompts[start:], collect(run(batch, seed=given.seed + start), len(batch))):
                     say(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
         else:
             say(prompts[0], end="", flush=True)

@@ -84,7 +84,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 class Generation:
     """Rows of ids that grow by one id a step, each until it ends.
 
-    Row number n draws from a stream of its own, seeded `seed` + n: it says what it says alone, whoever is beside it
+    Each row draws from a stream of its own, number n from that of seed `seed` + n, or of the n-th of several: it says
+    what it says alone, whoever is beside it
     (a batch's matrix products may still round otherwise, and tip the balance between two equally likely tokens).
     """
 
@@ -98,7 +99,7 @@ class Generation:
         ends: Collection[int],
         max_new_tokens: int,
         sampling: Sampling,
-        seed: int,
+        seed: int | Sequence[int],
     ) -> None:
         """prompts: of one id or more. context: the model sees this many last ids, at positions from 0. vocab_size: ids
         from there on are never chosen. ends: ids that end a row and are left out of it."""
@@ -110,7 +111,8 @@ class Generation:
         self._vocab_size = vocab_size
         self._ends = frozenset(ends)
         self._sampling = sampling
-        self._random = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+        seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else seed
+        self._random = [torch.Generator().manual_seed(each) for each in seeds]
         self._reading = Reading(model, context=context, length=max(self._most, default=0))
         self._unread: list[Sequence[int]] = list(prompts)
 
@@ -224,13 +226,14 @@ def generate(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     ends: Collection[int] = (),
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> Iterator[tuple[int, str]]:
     """The continuations of prompts of one id or more, as they come: (number of the prompt, piece of whole characters).
 
     A row goes on until its document ends, an id of `ends` or a stop string comes (both are left out), or
     max_new_tokens. sampling: by default Sampling(), the model's own distribution. The model sees the last
-    max_position_embeddings tokens. Under tensor parallelism every rank calls it and gets the same.
+    max_position_embeddings tokens. seed: as of Generation. Under tensor parallelism every rank calls it and gets the
+    same.
 
     Raises MegalmError if the model's logits are not finite.
     """

@@ -226,21 +226,23 @@ class HarnessModel(TemplateLM):
         ends = {controls[each] for each in stop if each in controls} | (self._chat.ends if self._chat else set())
         sampling = Sampling(**options)
 
-        def run(batch: Sequence[tuple[int, ...]]) -> list[str]:
+        def run(batch: Sequence[tuple[tuple[int, ...], int]]) -> list[str]:
             pieces = generate(
                 self._model,
                 self._config,
                 self._text,
-                batch,
+                [prompt for prompt, _ in batch],
                 max_new_tokens=most,
                 sampling=sampling,
                 stop=stop,
                 ends=ends,
-                seed=self._seed,
+                seed=[seed for _, seed in batch],
             )
             return collect(pieces, len(batch))
 
-        return self._shared([prompt[-room:] for prompt in prompts], len, run, "generating", quiet)
+        # the same question several times (repeats) is to have several answers, whatever the batches
+        items = [(prompt[-room:], self._seed + number if sampled else 0) for number, prompt in enumerate(prompts)]
+        return self._shared(items, lambda item: len(item[0]), run, "generating", quiet)
 
     def _shared(
         self, items: Sequence[T], length: Callable[[T], int], run: Callable[[list[T]], list[R]], what: str, quiet: bool

@@ -62,8 +62,8 @@ class Reading:
         self._model = model
         self._context = context
         self._rows: list[list[int]] = []
-        attention = [module for module in model.modules() if isinstance(module, Attention)]
-        self._caches = {module: KeyValueCache(min(length, context)) for module in attention}
+        self._length = min(length, context)
+        self._caches: dict[Attention, KeyValueCache] = {}
 
     @torch.inference_mode()
     def read(self, rows: Rows) -> Tensor:
@@ -77,6 +77,10 @@ class Reading:
         if max(map(len, self._rows)) > self._context:
             self._caches = {}
             return next_logits(self._model, [row[-self._context :] for row in self._rows])
+        if not self._caches:  # nothing was read yet, or a row that outgrew the context has ended
+            attention = [module for module in self._model.modules() if isinstance(module, Attention)]
+            self._caches = {module: KeyValueCache(self._length) for module in attention}
+            rows, starts = self._rows, []
         with self._remembering():
             hidden = hidden_states(self._model, rows, starts or None)
         return head_logits(self._model, _ends(hidden, rows))

@@ -31,7 +31,7 @@ def load_model(
     pipe: Pipe | None = None,
     ranks: checkpoints.Ranks | None = None,
 ) -> tuple[LayerList, ModelConfig, Tokenizer]:
-    """The model in eval mode, whatever layout wrote it; its config; and the tokenizer it was trained with.
+    """The language model in eval mode, whatever layout wrote it; its config; and the tokenizer it was trained with.
 
     path: a run folder or RUN/checkpoints (their newest), or a checkpoint folder. dtype: of the weights; by default as
     they were saved. tokenizer: its path, where it has moved since the run. layers: what the model is built of; over
@@ -39,9 +39,9 @@ def load_model(
     read and hold their layers only, if there is one. ranks: all that load together. The config has backends of this
     device.
 
-    Raises MegalmError if the checkpoint is missing, damaged (sizes of all files, checksums of the weights) or not of
-    this version, if the tokenizer is not the model's, if the ranks cannot cut the model, or if there is no such device.
-    Every rank calls it.
+    Raises MegalmError if the checkpoint is missing, damaged (sizes of all files, checksums of the weights), not of this
+    version or of a model with another head, if the tokenizer is not the model's, if the ranks cannot cut the model, or
+    if there is no such device. Every rank calls it.
     """
     layers, ranks = layers or Layers(), ranks or checkpoints.Alone()
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -51,6 +51,12 @@ def load_model(
     mine = manifests.faults(folder, manifest, sorted(tensors.weight_files(manifest))[ranks.rank :: ranks.size])
     checkpoints.refuse_damaged(folder, sorted(fault for part in ranks.gather(mine) for fault in part))
     config, tuning = saved_config(manifest.config, folder, manifest.versions.get("megalm", "unknown"))
+    if config.head != "language_model":
+        raise MegalmError(
+            f"checkpoint {folder} has a head for {config.head.replace('_', ' ')} and writes no text: "
+            "tools/report_run.py says how good it is, tools/convert_checkpoint.py to-hf exports it",
+            echo=ranks.rank > 0,
+        )
     if pipe and config.num_layers < pipe.stages:
         raise MegalmError(
             f"the model of checkpoint {folder} has {config.num_layers} layers and cannot be cut into {pipe.stages} "

@@ -1,6 +1,7 @@
 """The harness's adapter gives each request what the harness's own gives Hugging Face's model of the same weights."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +159,21 @@ def test_options_of_generation(checkpoint: Path) -> None:
         adapter.loglikelihood(instances("loglikelihood", [("a", "b" * 65)]), disable_tqdm=True)
 
 
+def test_equal_questions_have_answers_of_their_own_if_sampled(checkpoint: Path) -> None:
+    """As `repeats` asks them, for a majority or pass@k; in whatever batches."""
+    loaded = load_model(checkpoint)
+    sampled = {"until": ["zzz"], "max_gen_toks": 9, "do_sample": True, "temperature": 1.0}
+    asked = [("ab", sampled)] * 3 + [("c", sampled), ("ab", sampled)]
+    found = [
+        HarnessModel(*loaded, batch_size=size, seed=seed).generate_until(instances("generate_until", asked), True)
+        for size, seed in ((1, 0), (2, 0), (8, 0), (8, 100))
+    ]
+    assert found[0] == found[1] == found[2]
+    assert len({*found[0], *found[3]}) == 10
+    greedy = [("ab", UNTIL)] * 3
+    assert len({*HarnessModel(*loaded).generate_until(instances("generate_until", greedy), True)}) == 1
+
+
 def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     from tools.evaluate_model import main
 
@@ -187,6 +203,48 @@ def test_where_results_go_is_tried_before_the_model_is_loaded(
         with pytest.raises(Loading):
             evaluate(monkeypatch, "--checkpoint", checkpoint, "--tasks", *TASKS, "--output", output)
     assert kept.read_text() == "{}" and not new.exists()
+
+
+def test_the_seed_reaches_the_model_and_scores_of_other_tasks_stay(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+
+    def run_tasks(model: HarnessModel, names: list[str], **options: Any) -> dict[str, Any]:
+        seeds.append(model._seed)
+        assert options["seed"] == model._seed
+        each = dict.fromkeys(names, {})
+        scores = {name: {"acc,none": float(model._seed)} for name in names}
+        return {"samples": {}, "results": scores, "versions": each, "n-shot": each, "n-samples": each,
+                "higher_is_better": each}  # fmt: skip
+
+    monkeypatch.setattr("megalm.eval.harness.run_tasks", run_tasks)
+    copied = tmp_path / "model"
+    shutil.copytree(checkpoint, copied)
+    for folder, output in (
+        (checkpoint, checkpoint.parent.parent / "evaluation" / "step-20.json"),
+        (copied, copied / "evaluation.json"),
+    ):
+        for seed, names in enumerate((["a"], ["b", "c"], ["c"])):
+            evaluate(monkeypatch, "--checkpoint", folder, "--tasks", *names, "--seed", seed)
+        found = json.loads(output.read_text())
+        assert {task: score["acc,none"] for task, score in found["results"].items()} == {"a": 0, "b": 1, "c": 2}
+        assert [found["options"][task]["seed"] for task in "abc"] == [0, 1, 2]
+        found["checkpoint"]["fingerprint"] = "other weights"
+        output.write_text(json.dumps(found))
+        evaluate(monkeypatch, "--checkpoint", folder, "--tasks", "b")
+        assert json.loads(output.read_text())["results"].keys() == {"b"}
+        output.unlink()
+    assert seeds == [0, 1, 2, 0] * 2
+
+
+def test_a_task_file_whose_functions_are_not_there_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "task.yaml"
+    for function, helper in (("helper.missing", ""), ("helper.f", "import nowhere_installed\n")):
+        (tmp_path / "helper.py").write_text(helper)
+        file.write_text(f"task: x\noutput_type: generate_until\nprocess_results: !function {function}\n")
+        with pytest.raises(MegalmError, match=rf"^{file} cannot be loaded \(.+\): correct or leave out tasks$"):
+            load_tasks([str(file)], [])
 
 
 @pytest.mark.parametrize("content", [b"task: x\nbad: [\n", b"task: \xff\n", b"\xff\xfetask: x\n"])

@@ -152,6 +152,33 @@ def test_rows_may_be_dropped(make_model: MakeModel) -> None:
     assert difference(reading.read([coming[3][:1], coming[1][:1]]), alone(model)[1][[3, 1]]) < 1e-5
 
 
+def test_rows_go_on_after_one_that_outgrew_the_context(make_model: MakeModel) -> None:
+    """Keys and values are kept again once it has ended."""
+    model, _ = make_model()
+    long, short, other = [5] * 14, [1, 2, 3], [9, 8]
+    reading = Reading(model, context=16, length=64)
+    reading.read([long, short, other])
+    for token in (10, 11, 12):
+        reading.read([[token]] * 3)
+        long, short, other = ([*row, token] for row in (long, short, other))
+    assert len(long) > 16
+    reading.keep([1, 2])
+    passes = []
+    original = KeyValueCache.extend
+
+    def extend(self: KeyValueCache, k: torch.Tensor, *rest: torch.Tensor) -> tuple:
+        passes.append(k.shape[1])
+        return original(self, k, *rest)
+
+    for token in (20, 21, 22):
+        short, other = ([*row, token] for row in (short, other))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(KeyValueCache, "extend", extend)
+            found = reading.read([[token]] * 2)
+        assert difference(found, torch.cat([next_logits(model, [row]) for row in (short, other)])) < 1e-4
+    assert passes == [7, 7, 1, 1, 1, 1], "two layers: all of the longer row, then a token at a time"
+
+
 def test_two_readings_of_one_model_do_not_meet(make_model: MakeModel) -> None:
     model, _ = make_model()
     begun, coming = rows()

@@ -121,6 +121,16 @@ def test_kernels_of_the_machine_that_trained_are_not_needed(
     assert torch.equal(next_logits(loaded, [[1, 2, 3]]), next_logits(model, [[1, 2, 3]]))
 
 
+def test_a_model_that_writes_no_text_is_refused(
+    tmp_path: Path, make_model: MakeModel, make_checkpoint: MakeCheckpoint, tokenizer_path: Path
+) -> None:
+    model, config = make_model()
+    classes = config.model_copy(update={"head": "sequence_classification", "num_labels": 3})
+    make_checkpoint(tmp_path, model, classes, tokenizer_path)
+    with pytest.raises(MegalmError, match="step-20 has a head for sequence classification and writes no text: tools/"):
+        load_model(tmp_path)
+
+
 def append(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"!")
 
