@@ -30,7 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(corpus: Path, tmp_path: Path) -> str:
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree_of(corpus, tmp_path / "run")))
+    path.write_text(yaml.safe_dump(tree_of(corpus, tmp_path / "run", train={"micro_batch_size": 2})))
     return str(path)
 
 

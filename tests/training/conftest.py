@@ -34,7 +34,7 @@ def tree_of(corpus: Path, directory: Path, **sections: dict[str, Any]) -> dict[s
         "train": {
             "steps": 8,
             "global_batch_size": 16,
-            "micro_batch_size": 2,
+            "micro_batch_size": 4,
             "sequence_length": 32,
             "precision": "fp32",
         },

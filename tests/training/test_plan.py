@@ -24,6 +24,12 @@ from tests.distributed.ranks import run_ranks
 Settings = Callable[..., dict[str, Any]]
 
 
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """With more micro-batches than other tests have, so that more layouts could run."""
+    return lambda name="run", **sections: settings(name, **{"train": {"micro_batch_size": 2}} | sections)
+
+
 def with_keys(tree: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
     """`tree` with dotted keys set."""
     changed = copy.deepcopy(tree)
