@@ -286,7 +286,7 @@ def tree(corpus: Path, directory: Path, **sections: dict[str, Any]) -> dict[str,
         corpus,
         directory,
         **{
-            "train": {"steps": STEPS},
+            "train": {"steps": STEPS, "micro_batch_size": 2},
             "schedule": {"total_steps": STEPS, "warmup_steps": 2},
             "checkpoint": {"every": 5, "keep_last": 3},
             "evaluate": {"every": 0, "sequences": 8},

@@ -50,7 +50,7 @@ def test_a_run_tells_where_it_is_who_is_slow_and_what_it_skipped(settings: Any) 
         "pipeline receive of micro-batch 1 from rank 0",
         "loading of micro-batch 1",
     ]
-    assert {"forward pass of micro-batch 8", "update of the weights", "evaluation"} <= set(notes)
+    assert {"forward pass of micro-batch 4", "update of the weights", "evaluation"} <= set(notes)
     (skipped,) = [json.loads(line) for line in (run / SKIPPED).read_text().splitlines()]
     assert skipped["samples"] == list(range(32, 48)) and skipped["passed_over"] == [32, 48]
     assert (skipped["step"], skipped["why"], skipped["action"]) == (3, "nan", "skip")
