@@ -1,7 +1,7 @@
 """Conversations from rows: messages as OpenAI writes them, ShareGPT's conversations, Alpaca's instructions.
 
 What a row is, its columns say: `messages`, `conversations`, or `instruction` and `output`. All become OpenAI's form:
-{"role": system, user, assistant or tool, "content": text, and where there are any "tool_calls", "reasoning_content"}.
+{"role": system, user, assistant or tool, "content": text, and what else a message has, for templates that read it}.
 """
 
 import json
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalm.sft.task import Refused
+from megalm.tokenizer.chat import THOUGHT
 
 ROLES = {
     "system": "system",
@@ -76,7 +77,7 @@ def conversation(row: Mapping[str, Any], names: Mapping[str, str]) -> Conversati
     if turns is None:
         turns = columns.get("conversations")
     if turns is not None:
-        if not isinstance(turns, Sequence) or isinstance(turns, str):
+        if not _is_list(turns):
             raise Refused("messages are not a list")
         messages = [_message(turn, names) for turn in turns]
     elif columns.get("instruction") is not None:
@@ -99,7 +100,7 @@ def alternating(turns: Any) -> list[dict[str, Any]]:
 
     Raises Refused for anything else.
     """
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
+    if not _is_list(turns):
         raise Refused("turns are not a list")
     if all(isinstance(turn, str) for turn in turns):
         return [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
@@ -111,7 +112,7 @@ def _alpaca(columns: Columns) -> list[dict[str, Any]]:
     if not isinstance(output, str):
         raise Refused(f"no column {columns.name('output')}" if output is None else "the output is not text")
     earlier = columns.get("history") or []
-    if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in earlier):
+    if not (_is_list(earlier) and all(_is_list(pair) and len(pair) == 2 for pair in earlier)):
         raise Refused("history is not a list of pairs")
     asked = instruction + (f"\n\n{given}" if isinstance(given, str) and given.strip() else "")
     pairs = [*earlier, (asked, output)]
@@ -127,36 +128,45 @@ def _message(turn: Any, names: Mapping[str, str]) -> dict[str, Any]:
         raise Refused("a message is not an object")
     columns = Columns(turn, names)
 
-    def either(*names: str) -> Any:
+    def either(names: Sequence[str]) -> Any:
         return next((value for name in names if (value := columns.get(name)) is not None), None)
 
-    said_by = either("role", "from", "speaker")
-    if said_by not in ROLES:
+    said_by = either(_SPEAKER)
+    if not isinstance(said_by, str) or said_by not in ROLES:
         raise Refused(f"a message of the role {said_by!r}")
-    content = _content(either("content", "value", "text"))
-    message: dict[str, Any] = {"role": ROLES[said_by], "content": content}
+    content = _content(either(_SAID))
+    read = {columns.name(name) for name in (*_SPEAKER, *_SAID)}
+    message = {key: value for key, value in turn.items() if value is not None and key not in read}
+    message |= {"role": ROLES[said_by], "content": content}
     if said_by == "function_call":
         message |= {
             "content": "",
             "tool_calls": [{"type": "function", "function": _parsed(content, "a function call")}],
         }
-    kept = {key: value for key, value in turn.items() if value is not None and key in _KEPT}
-    if calls := kept.get("tool_calls"):
-        kept["tool_calls"] = [_call(call) for call in calls]
-    return message | kept
+    if calls := message.get("tool_calls"):
+        if not _is_list(calls):
+            raise Refused("tool calls are not a list")
+        message["tool_calls"] = [_call(call) for call in calls]
+    if message["role"] == "assistant" and not all(isinstance(message.get(name, ""), str) for name in THOUGHT):
+        raise Refused("a thought that is not text")
+    if message.get("weight", 1) not in (0, 1):
+        raise Refused("a weight that is neither 0 nor 1")
+    return message
 
 
-_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
-"""Of a message, for templates that read them."""
+_SPEAKER, _SAID = ("role", "from", "speaker"), ("content", "value", "text")
+"""Of a message: who speaks, and what, under the names that are in use."""
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def _content(value: Any) -> str:
     """Text, or OpenAI's list of parts of text."""
     if value is None or isinstance(value, str):
         return value or ""
-    if isinstance(value, Sequence) and all(
-        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value
-    ):
+    if _is_list(value) and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in value):
         return "".join(part["text"] for part in value)
     raise Refused("a message whose content is not text")
 
@@ -182,5 +192,5 @@ def _tools(value: Any) -> list[Any] | None:
 def _parsed(text: str, what: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Refused(f"{what} that is not JSON") from None

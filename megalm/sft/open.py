@@ -35,7 +35,7 @@ OPENERS: Mapping[TaskKind, Opener] = {
     "question_answering": open_question_answering,
 }
 """How a task of each kind is made."""
-FORMAT = 2
+FORMAT = 3
 """Of the arrays on disk, and of what becomes of a row: a higher number than the one they were written under makes
 them anew."""
 LOOKED_AT = 100

@@ -15,6 +15,7 @@ FORMATS = (".jsonl", ".json", ".parquet")
 """Of files of rows; the first two also compressed (.gz, .zst)."""
 LINES_SHOWN = 3
 """Places that the report names for each reason."""
+_TOO_DEEP = "nested too deep"
 
 
 def row_files(path: str | Path) -> list[Path]:
@@ -27,6 +28,11 @@ def row_files(path: str | Path) -> list[Path]:
         where = f"{path} holds no file of rows" if path.is_dir() else f"{path} is not a file of rows"
         raise MegalmError(f"{where}: fine-tuning reads {', '.join(FORMATS)} (the first two also as .gz or .zst)")
     return found
+
+
+def row_word(path: Path) -> str:
+    """What read_rows() counts in a file."""
+    return "line" if content_suffix(path) == ".jsonl" else "row"
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Refused]]:
@@ -136,7 +142,7 @@ def read_examples(
     found: list[tuple[Example, int, int]] = []
     for number, file in enumerate(files):
         name = f"{file} " if len(files) > 1 else ""
-        word = "line" if content_suffix(file) == ".jsonl" else "row"
+        word = row_word(file)
         for line, row in read_rows(file):
             if at_most is not None and report.rows >= at_most:
                 break
@@ -150,6 +156,9 @@ def read_examples(
                 examples = [example for each in alike for example in task.examples(each)]
             except Refused as refused:
                 report.add(str(refused), place)
+                continue
+            except RecursionError:  # in a template
+                report.add(_TOO_DEEP, place)
                 continue
             except MegalmError as error:
                 raise MegalmError(f"{file} {word} {line}: {error}") from None
@@ -184,13 +193,19 @@ def _sizes(found: tuple[Example, int, int]) -> tuple[int, int]:
     return len(found[0].ids), found[0].weights.astype(bool).sum()
 
 
-def _require_new(row: Mapping[str, Any], seen: set[bytes]) -> None:
-    """Raise Refused for a row that is one of `seen`, to which it is added."""
+def encoded(row: Mapping[str, Any]) -> bytes:
+    """A row's content, the same in whatever order its columns stand. Raises Refused if it cannot be written."""
     try:
-        content = json.dumps(row, ensure_ascii=False, sort_keys=True, default=str).encode()
+        return json.dumps(row, ensure_ascii=False, sort_keys=True, default=str).encode()
     except UnicodeEncodeError:
         raise Refused("not Unicode (lone surrogates)") from None
-    digest = hashlib.blake2b(content, digest_size=16).digest()
+    except RecursionError:
+        raise Refused(_TOO_DEEP) from None
+
+
+def _require_new(row: Mapping[str, Any], seen: set[bytes]) -> None:
+    """Raise Refused for a row that is one of `seen`, to which it is added."""
+    digest = hashlib.blake2b(encoded(row), digest_size=16).digest()
     if digest in seen:
         raise Refused("duplicate")
     seen.add(digest)

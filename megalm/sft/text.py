@@ -35,8 +35,12 @@ def causal(ids: Sequence[int], trained: Sequence[bool] | np.ndarray) -> Example:
     return Example(np.array(ids[:-1]), np.array(ids[1:]), np.array(trained[1:], np.uint8))
 
 
+_UNTOLD = "a turn of weight 0 that the template does not tell from others"
+
+
 class ConversationTask:
-    """Conversations, of which the assistant's part is trained, or its last turn, or all (task.train_on)."""
+    """Conversations, of which the assistant's part is trained, or its last turn, or all (task.train_on); never a turn
+    of weight 0."""
 
     def __init__(self, config: TaskConfig, chat: Chat, read: Callable[[Mapping[str, Any]], Conversation]) -> None:
         self.chat = chat
@@ -50,22 +54,30 @@ class ConversationTask:
         return [self._example(self._read(row))]
 
     def _example(self, found: Conversation) -> Example:
+        train_on = self._config.train_on
+        weights = [message.get("weight", 1) for message in found.messages if message["role"] == "assistant"]
         try:
-            if self._config.train_on == "all":
+            if train_on == "all" and all(weights):
                 ids = self.chat.encode(found.messages, reply=False, tools=found.tools)
                 return causal(ids, [True] * len(ids))
             ids, turns = self.chat.answers(found.messages, found.tools)
         except Unmarked:
+            if train_on == "all":
+                raise Refused(_UNTOLD) from None
             raise
         except MegalmError as error:
             raise Refused(str(error).partition(":")[0]) from None
-        if self._config.train_on == "last":
-            turns = turns[-1:]
-        trained = np.zeros(len(ids), bool)
-        for start, stop in turns:
-            trained[start:stop] = True
+        if all(weights):
+            weights = [1] * len(turns)  # a template may mark a turn in pieces
+        elif len(weights) != len(turns):
+            raise Refused(_UNTOLD)
+        weighted = [*zip(turns, weights)]
+        trained = np.full(len(ids), train_on == "all")
+        for (start, stop), weight in weighted[-1:] if train_on == "last" else weighted:
+            trained[start:stop] = weight
         if not trained[1:].any():
-            raise Refused("no token of the assistant in what the template writes")
+            none = "no token of the assistant in what the template writes"
+            raise Refused(none if all(weights) else "no turn of a weight above 0 to train on")
         return causal(ids, trained)
 
 

@@ -128,6 +128,8 @@ _MARK, _UNFINISHED = "\ufdd0", "\ufdd1 "
 
 Message = Mapping[str, Any]
 """role: system, user, assistant or tool; content: text; and what else a template reads (tool_calls, say)."""
+THOUGHT = ("reasoning_content", "thinking", "reasoning")
+"""Names under which a message may bring what the assistant thought; of several the first one counts."""
 
 
 def read_template(path: str | Path) -> str | None:
@@ -312,7 +314,7 @@ class _Writing:
     ) -> None:
         """mark: what breaks up typed control tokens; by default a character that was not typed."""
         self._chat = chat
-        given = [*map(dict, messages)], list(tools) if tools else None
+        given = [*map(_with_thought, messages)], list(tools) if tools else None
         # A control token that was typed is broken up by a character that nobody typed, and made whole after the
         # split. Two others stand where an answer begins and ends.
         typed = set().union(*map(set, _strings(given)))
@@ -338,7 +340,7 @@ class _Writing:
                 **self._chat._ends,
                 **{_GENERATED: lambda caller: self._begin + caller() + self._end},
             )
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise MegalmError(f"the chat template refuses these messages ({error}): change their roles") from None
 
     def marked(self, text: str, messages: Sequence[Message]) -> str:
@@ -395,6 +397,14 @@ class _Generation(Extension):
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         call = nodes.Call(nodes.Name(_GENERATED, "load"), [], [], None, None)
         return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+
+def _with_thought(message: Message) -> dict[str, Any]:
+    """A message as transformers gives it to templates: without what is None, and with its thought as
+    reasoning_content, and as thinking, which gpt-oss's and LFM2's read, where that was not given too."""
+    given = {key: value for key, value in message.items() if value is not None}
+    thought = next((given[name] for name in THOUGHT if name in given), None)
+    return given if thought is None else {"thinking": thought, **given, "reasoning_content": thought}
 
 
 def _strings(value: Any) -> list[str]:

@@ -79,6 +79,11 @@ def test_tools_and_their_calls() -> None:
 
 
 USER = {"role": "user", "content": "x"}
+ANSWER = {"role": "assistant", "content": "x"}
+
+
+def calling(arguments: str) -> dict[str, Any]:
+    return ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
 
 
 @pytest.mark.parametrize(
@@ -96,12 +101,30 @@ USER = {"role": "user", "content": "x"}
         ({"instruction": "x", "output": ""}, "an empty answer"),
         ({"instruction": "x"}, "no column output"),
         ({"instruction": "", "output": "x"}, "an empty instruction"),
-        ({"messages": [USER, {"role": "assistant", "content": "x"}], "tools": "{"}, "tools that is not JSON"),
+        ({"messages": [USER, ANSWER], "tools": "{"}, "tools that is not JSON"),
+        ({"messages": 5}, "messages are not a list"),
+        ({"messages": [USER, {"role": ["user"], "content": "x"}]}, r"a message of the role \['user'\]"),
+        ({"messages": [USER, ANSWER | {"tool_calls": True}]}, "tool calls are not a list"),
+        ({"messages": [USER, ANSWER | {"tool_calls": {"name": "f"}}]}, "tool calls are not a list"),
+        ({"messages": [USER, calling("[" * 2000)]}, "the arguments of a tool call that is not JSON"),
+        ({"messages": [USER, ANSWER | {"thinking": ["x"]}]}, "a thought that is not text"),
+        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "a weight that is neither 0 nor 1"),
+        ({"messages": [USER, ANSWER | {"weight": "0"}]}, "a weight that is neither 0 nor 1"),
+        ({"messages": [USER, ANSWER | {"weight": [0]}]}, "a weight that is neither 0 nor 1"),
+        ({"instruction": "x", "output": "x", "history": 5}, "history is not a list of pairs"),
+        ({"instruction": "x", "output": "x", "history": ["ab"]}, "history is not a list of pairs"),
     ],
 )
 def test_what_says_nothing_is_refused(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(Refused, match=f"^{reason}"):
         conversation(row, {})
+
+
+def test_what_a_template_may_read_is_kept() -> None:
+    given = {"thinking": "a", "reasoning": "b", "tool_plan": "c", "weight": 0, "reasoning_content": None}
+    row = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "x", **given}]}
+    kept = {key: value for key, value in given.items() if value is not None}
+    assert conversation(row, {}).messages == [USER, ANSWER | kept]
 
 
 def test_dialogues_alternate() -> None:

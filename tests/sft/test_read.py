@@ -79,6 +79,21 @@ def test_what_is_left_out_is_counted_with_its_lines(task: Task, tmp_path: Path) 
         read_examples(task, path, 64, "refuse")
 
 
+def test_values_of_the_wrong_type_are_counted(tokenizer_folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    good = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    deep = [
+        [good[0], good[1] | {"tool_calls": [{"function": {"name": "f", "arguments": "[" * depth + "]" * depth}}]}]
+        for depth in (700, 2000)
+    ]
+    wrong = [[good[0] | {"role": ["user"]}, good[1]], [good[0], good[1] | {"tool_calls": True}], *deep]
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": messages} for messages in (good, *wrong)])
+    task = open_task(TaskConfig(template="qwen"), DataConfig(tokenizer=str(tokenizer_folder)), tokenizer, 64)
+    examples = read_examples(task, path, 64, "truncate")
+    assert len(examples) == 1
+    for line in range(2, 6):
+        assert f"1 (line {line})" in examples.report
+
+
 def test_a_folder_is_its_files(task: Task, tmp_path: Path) -> None:
     write_rows(tmp_path / "b.jsonl", [{"text": "b"}, {"text": "a"}])
     write_rows(tmp_path / "a.jsonl", [{"text": "a"}])

@@ -1,11 +1,14 @@
 """Templates and masks, against transformers and TRL; and that nothing a user types becomes a control token."""
 
 import os
+import shutil
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import transformers
 
 from megalm.data.config import DataConfig
@@ -15,7 +18,8 @@ from megalm.sft.config import TaskConfig
 from megalm.sft.open import open_task
 from megalm.sft.task import Refused
 from megalm.tokenizer.base import Tokenizer
-from megalm.tokenizer.chat import NAMED, Chat, Unmarked
+from megalm.tokenizer.chat import NAMED, THOUGHT, Chat, Unmarked
+from megalm.tokenizer.load import load
 from megalm.tokenizer.train import train
 
 MARKED = ["chatml", "llama3", "qwen", "plain"]
@@ -116,6 +120,46 @@ def test_tools_equal_transformers(tokenizer_folder: Path, tokenizer: Tokenizer) 
             Chat(tokenizer, template).answers(CALLING, TOOLS)
 
 
+TRL = find_spec("trl")
+
+
+@pytest.fixture(scope="module")
+def harmony_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With gpt-oss's control tokens too."""
+    folder = tmp_path_factory.mktemp("harmony")
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    built = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    built.add_special_tokens([f"<|{name}|>" for name in ("start", "end", "message", "channel", "return", "call")])
+    built.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.skipif(TRL is None, reason="trl is not installed")
+@pytest.mark.parametrize("key", THOUGHT)
+@pytest.mark.parametrize("name", ["qwen3_training", "gptoss_training"])
+def test_thoughts_are_trained_as_trls_templates_write_them(name: str, key: str, harmony_folder: Path) -> None:
+    assert TRL is not None and TRL.origin is not None
+    template = Path(TRL.origin).parent / "chat_templates" / f"{name}.jinja"
+    tokenizer = load(harmony_folder)
+    task = task_of(harmony_folder, tokenizer, template=str(template))
+    reference = theirs(harmony_folder, template.read_text())
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
+    messages = [
+        {"role": "user", "content": "rain?"},
+        {"role": "assistant", "content": "", "tool_calls": [call], key: "I look"},
+        {"role": "tool", "content": "yes"},
+        {"role": "assistant", "content": "it rains", key: "so it does"},
+    ]
+    for row in (messages, [messages[0], messages[3]], [messages[0], {**messages[3], key: "hm"}]):
+        expected = reference.apply_chat_template(
+            row, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        [example] = task.examples({"messages": row})
+        assert [example.ids[0], *example.labels] == expected["input_ids"]
+        assert [0, *example.weights] == expected["assistant_masks"]
+        assert row[-1][key] in texts_of(tokenizer, example)[-1]
+
+
 @pytest.mark.parametrize("name", UNMARKED)
 def test_a_template_without_marks_gives_the_same_mask(
     name: str, tokenizer_folder: Path, tokenizer: Tokenizer, conversations: list[Any], tmp_path: Path
@@ -159,6 +203,36 @@ def test_what_is_trained(tokenizer_folder: Path, tokenizer: Tokenizer) -> None:
     assert trained(template="plain") == ["b<|endoftext|>", "d<|endoftext|>"]
     [everything] = trained(train_on="all")
     assert everything.startswith("user\na<|im_end|>\n<|im_start|>assistant\nb") and everything.endswith("<|im_end|>\n")
+
+
+def test_turns_of_weight_0_are_not_trained(tokenizer_folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "unmarked.jinja").write_text(UNMARKED["chatml"])
+    twice = "{% generation %}{{ bos_token }}{% endgeneration %}"
+    (tmp_path / "twice.jinja").write_text(NAMED["chatml"].replace("{%- generation %}", twice + "{%- generation %}"))
+
+    def trained(*weights: Any, template: str = "chatml", **keys: Any) -> list[str]:
+        said = []
+        for n, weight in enumerate(weights):
+            given = {} if weight is None else {"weight": weight}
+            said += [{"role": "user", "content": "?"}, {"role": "assistant", "content": f"a{n}", **given}]
+        task = task_of(tokenizer_folder, tokenizer, template=template, **keys)
+        return texts_of(tokenizer, task.examples({"messages": said})[0])
+
+    for template in ("chatml", str(tmp_path / "unmarked.jinja")):
+        assert trained(0, None, 1, template=template) == ["a1<|im_end|>", "a2<|im_end|>"]
+        assert trained(1, 0, 0.0, template=template) == ["a0<|im_end|>"]
+        before, behind = trained(0, 1, template=template, train_on="all")
+        assert "a0" not in before and "a1<|im_end|>" in behind
+    assert trained(0, 1, train_on="last") == ["a1<|im_end|>"]
+    for weights, keys in (((0, 0), {}), ((1, 0), {"train_on": "last"})):
+        with pytest.raises(Refused, match="no turn of a weight above 0"):
+            trained(*weights, **keys)
+    assert trained(1, 1, template=str(tmp_path / "twice.jinja")) == ["<s>a0<|im_end|>", "<s>a1<|im_end|>"]
+    with pytest.raises(Refused, match="a turn of weight 0 that the template does not tell from others"):
+        trained(1, 0, template=str(tmp_path / "twice.jinja"))
+    (tmp_path / "rewriting.jinja").write_text(THINKING)
+    with pytest.raises(Refused, match="a turn of weight 0 that the template does not tell from others"):
+        trained(1, 0, template=str(tmp_path / "rewriting.jinja"), train_on="all")
 
 
 TYPED = "a<|im_end|>\n<|im_start|>system\n<|eot_id|><s>"

@@ -58,6 +58,29 @@ def test_ids_equal_hugging_face(folder: Path, tokenizer: Tokenizer, template: st
         assert Chat(tokenizer, template).encode(messages, reply=not reply) != expected
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"reasoning_content": "one"},
+        {"thinking": "one"},
+        {"reasoning": "one"},
+        {"reasoning_content": None, "reasoning": "one"},
+        {"reasoning_content": "", "thinking": "one"},
+        {"thinking": "one", "reasoning": "two"},
+        {"reasoning_content": "one", "thinking": "two", "plan": "three"},
+    ],
+)
+def test_thoughts_stand_where_transformers_puts_them(
+    given: dict[str, str | None], folder: Path, tokenizer: Tokenizer
+) -> None:
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}{% for key in m %}{{ key }}={{ m[key] }};{% endfor %}{% endfor %}"
+    messages = [*MESSAGES[:2], {"role": "assistant", "content": "hi", **given}]
+    text = theirs.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert Chat(tokenizer, template).render(messages) == text
+    assert "reasoning_content=" in text and "one" in text
+
+
 def test_typed_control_tokens_stay_text(tokenizer: Tokenizer) -> None:
     controls = set(tokenizer.special_tokens.values())
     for template in (None, LLAMA):
