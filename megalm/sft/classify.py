@@ -5,7 +5,7 @@ sequence classification have it. Between two texts stands what ends a document.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from megalm.data.config import DataConfig
 from megalm.data.examples import Example
 from megalm.sft import metrics
 from megalm.sft.config import TaskConfig
-from megalm.sft.heads import HeadTask
+from megalm.sft.heads import HeadTask, class_name
 from megalm.sft.report import Prediction
 from megalm.sft.task import Refused, Shortened
 from megalm.tokenizer.base import Tokenizer
@@ -34,24 +34,25 @@ class TextClassification(HeadTask):
     def problem_type(self) -> str:
         return "multi_label_classification" if self.config.multi_label else "single_label_classification"
 
-    def names(self, row: Mapping[str, Any]) -> Iterable[Any]:
-        value = self.value(row, "label")
-        if not self.config.multi_label:
-            return [value]
-        if not isinstance(value, list):
-            raise Refused("label is no list")
-        return value
+    def names(self, row: Mapping[str, Any]) -> list[Any]:
+        value, several = self.value(row, "label"), self.config.multi_label
+        if isinstance(value, list) != several:
+            raise Refused("label is no list" if several else "label is a list, and task.multi_label is not set")
+        return [class_name(each, "label") for each in (value if several else [value])]
 
     def ids(self, row: Mapping[str, Any]) -> Ids:
         whole = self.tokenizer.begins + self.tokenizer.encode(self.text(row, "text"))
         return lambda length: whole[:length]
 
     def shown(self, row: Mapping[str, Any]) -> str:
-        """What the model reads, for a reader."""
         return self.text(row, "text")
 
+    def numbers(self, row: Mapping[str, Any]) -> list[int]:
+        """Of the classes that a row names, each once, in order."""
+        return sorted({self.label(name) for name in self.names(row)})
+
     def examples(self, row: Mapping[str, Any]) -> list[Example]:
-        ids, numbers = self.ids(row), [self.label(name) for name in self.names(row)]
+        ids, numbers = self.ids(row), self.numbers(row)
 
         def example(length: int) -> Example:
             here = np.array(ids(length))
@@ -69,9 +70,9 @@ class TextClassification(HeadTask):
 
     def predict(self, row: Mapping[str, Any], logits: Sequence[np.ndarray]) -> Prediction:
         last = logits[0][-1]
-        true = [self.labels[self.label(name)] for name in self.names(row)]
+        true = [self.labels[i] for i in self.numbers(row)]
         if self.config.multi_label:
-            return Prediction(self.shown(row), sorted(true), [self.labels[i] for i in np.flatnonzero(last > 0)])
+            return Prediction(self.shown(row), true, [self.labels[i] for i in np.flatnonzero(last > 0)])
         likely = np.exp(last - last.max())
         likely /= likely.sum()
         chosen, right = int(likely.argmax()), self.labels.index(true[0])
@@ -120,24 +121,21 @@ class RelationExtraction(TextClassification):
 
     def shown(self, row: Mapping[str, Any]) -> str:
         text, marks = self.text(row, "text"), self.config.markers
-        subject, other = map(self.of(row).get, ("subject", "object"))
-        if subject is None and other is None:
-            return text
-        try:
-            (a, b), (c, d) = subject, other
-            valid = 0 <= a < b <= len(text) and 0 <= c < d <= len(text) and (b <= c or d <= a)
-        except (TypeError, ValueError):
-            valid = False
-        if not valid:
-            raise Refused("entities that are not two places in the text")
-        for place, mark in sorted(zip((a, b, c, d), marks, strict=True), key=lambda pair: pair[0], reverse=True):
-            text = text[:place] + mark + text[place:]
+        spans = [*map(self.of(row).get, ("subject", "object"))]
+        if spans != [None, None]:
+            places = [_place(span, text) for span in spans]
+            (_, end), (begin, _) = sorted(places)
+            if end > begin:
+                raise Refused("entities that overlap")
+            # The later one first, so that the other's place stays as it is.
+            for (begin, end), (opening, closing) in sorted(zip(places, (marks[:2], marks[2:])), reverse=True):
+                text = f"{text[:begin]}{opening}{text[begin:end]}{closing}{text[end:]}"
+        if any(text.count(mark) != 1 for mark in marks):
+            raise Refused("entities that are not marked once each")
         return text
 
     def ids(self, row: Mapping[str, Any]) -> Ids:
         text, marks = self.shown(row), self.config.markers
-        if any(text.count(mark) != 1 for mark in marks):
-            raise Refused("entities that are not marked once each")
         begin, body, places = self.tokenizer.begins, list[int](), list[int]()
         for part in re.split("|".join(f"({re.escape(mark)})" for mark in marks), text):
             if part in marks:
@@ -161,6 +159,13 @@ class RelationExtraction(TextClassification):
         none = self.config.none_label
         found = [[[each] if each != none else [] for each in (a.reference, a.prediction)] for a in said]
         return super().score(said) | metrics.relations([true for true, _ in found], [said for _, said in found])
+
+
+def _place(span: Any, text: str) -> tuple[int, int]:
+    """Characters [begin, end) of an entity, as a row gives them. Raises Refused if that is no place in the text."""
+    if not (isinstance(span, list) and [*map(type, span)] == [int, int] and 0 <= span[0] < span[1] <= len(text)):
+        raise Refused("entities that are not two places in the text")
+    return span[0], span[1]
 
 
 def open_classification(

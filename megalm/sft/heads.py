@@ -1,7 +1,7 @@
 """What tasks with a head of their own share: columns, classes, and predictions that can be scored."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from megalm.errors import MegalmError
 from megalm.nn.config import HeadKind
 from megalm.sft.config import TaskConfig
 from megalm.sft.messages import Columns
-from megalm.sft.read import read_rows, row_files
+from megalm.sft.read import Report, encoded, read_rows, row_files, row_word
 from megalm.sft.report import Prediction
 from megalm.sft.task import Refused
 from megalm.tokenizer.base import Tokenizer
@@ -51,8 +51,12 @@ class HeadTask(ABC):
         """What the model learns from a row. An answer's place is where its label is."""
 
     @abstractmethod
-    def names(self, row: Mapping[str, Any]) -> Iterable[Any]:
-        """The classes that a row names, as it writes them."""
+    def shown(self, row: Mapping[str, Any]) -> str:
+        """What the model reads, for a reader. Raises Refused for a row in which there is nothing to read."""
+
+    @abstractmethod
+    def names(self, row: Mapping[str, Any]) -> list[Any]:
+        """The classes that a row names, as it writes them (class_name)."""
 
     @abstractmethod
     def predict(self, row: Mapping[str, Any], logits: Sequence[np.ndarray]) -> Prediction:
@@ -90,28 +94,47 @@ class HeadTask(ABC):
             f"the label {name!r} is none of {where} ({', '.join(self.labels)}): correct it, or name all in task.labels"
         )
 
-    def find_labels(self, data: DataConfig) -> None:
-        """Take the classes from task.labels, or else from all training rows, sorted. Raises MegalmError for too few."""
-        found = set(self.config.labels)
+    def find_labels(self, data: DataConfig) -> dict[str, str]:
+        """Take the classes from task.labels, or else from all training rows, sorted; and say where each comes first.
+        Raises MegalmError for too few."""
+        found = dict.fromkeys(self.config.labels, "task.labels")
         if len(found) < len(self.config.labels):
             raise MegalmError("task.labels names a class twice: name each once")
+        left_out = Report()
         if not found:
             for source in data.sources:
                 for file in row_files(source.path):
-                    for _, row in read_rows(file):
-                        found |= self._named(row)
+                    where = f"{file} {row_word(file)}"
+                    for number, row in read_rows(file):
+                        try:
+                            for name in self._named(row):
+                                found.setdefault(name, f"{where} {number}")
+                        except Refused as refused:
+                            left_out.add(str(refused), f"{where} {number}")
         if len(found) < (1 if self.config.multi_label else 2):
+            why = f"; left out: {left_out}" if str(left_out) else ""
             raise MegalmError(
-                f"the rows of data.sources name {len(found)} classes ({', '.join(sorted(found)) or 'none'}), and a "
-                "classifier needs two: correct task.columns, or name them in task.labels"
+                f"the rows of data.sources name {len(found)} classes ({', '.join(sorted(found)) or 'none'}{why}), and "
+                "a classifier needs two: correct task.columns, or name them in task.labels"
             )
         self.labels = self.config.labels or sorted(found, key=_numbers_by_value)
+        return found
 
-    def _named(self, row: Mapping[str, Any] | Refused) -> set[str]:
-        try:
-            return set() if isinstance(row, Refused) else set(map(str, self.names(row)))
-        except Refused:
-            return set()  # it is counted when it is read for its example
+    def _named(self, row: Mapping[str, Any] | Refused) -> list[str]:
+        if isinstance(row, Refused):
+            raise row
+        encoded(row)
+        self.shown(row)
+        return [*map(str, self.names(row))]
+
+
+def class_name(value: Any, what: str) -> str | int:
+    """A class as a row writes it, its name or number. Raises Refused for what is neither. what: of the row it is."""
+    if not isinstance(value, (str, int)):
+        raise Refused(f"a {what} that is neither text nor a whole number")
+    if isinstance(value, str) and not value.strip():
+        raise Refused(f"an empty {what}")
+    return value
 
 
 def _numbers_by_value(name: str) -> tuple[int, str]:

@@ -268,11 +268,15 @@ def _paired_tags(tags: Sequence[Sequence[str]], predicted: Sequence[Sequence[str
     for number, (row, said) in enumerate(zip(tags, predicted)):
         assert len(row) == len(said), f"row {number} has {len(row)} tags and {len(said)} predicted ones"
         for tag in (*row, *said):
-            if tag != "O" and tag[:2] not in ("B-", "I-"):
-                raise MegalmError(
-                    f"the tag {tag!r} of row {number} is not IOB2: write B-TYPE where an entity starts, I-TYPE "
-                    "inside it and O outside"
-                )
+            require_iob2(tag, f"row {number}")
+
+
+def require_iob2(tag: str, place: str) -> None:
+    """Raises MegalmError for another tag. place: where it stands."""
+    if tag != "O" and tag[:2] not in ("B-", "I-"):
+        names = "write B-TYPE where an entity starts, I-TYPE inside it and O outside"
+        numbers = "name the tags that numbers stand for in task.labels"
+        raise MegalmError(f"the tag {tag!r} of {place} is not IOB2: {numbers if tag.isdecimal() else names}")
 
 
 def _lists(*rows: Sequence[Sequence[str]]) -> list[list[list[str]]]:

@@ -5,7 +5,7 @@ in windows that overlap. A window that does not hold the answer has it at its fi
 go back to text by the bytes that ids stand for, so the tokenizer must keep every byte.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -47,8 +47,11 @@ class QuestionAnswering(HeadTask):
     def _bytes(self) -> np.ndarray:
         return np.array(self.tokenizer.byte_counts())
 
-    def names(self, row: Mapping[str, Any]) -> Iterable[Any]:
-        return ()
+    def names(self, row: Mapping[str, Any]) -> list[Any]:
+        return []
+
+    def shown(self, row: Mapping[str, Any]) -> str:
+        return f"{self.text(row, 'question')}\n{self.text(row, 'context')}"
 
     def answers(self, row: Mapping[str, Any], context: str) -> list[tuple[int, int, str]]:
         """(begin, end, text) of the accepted answers, in characters of the context."""
@@ -114,7 +117,7 @@ class QuestionAnswering(HeadTask):
                 said = context[window.spans[begin, 0] : window.spans[end, 1]].strip()
         if self.config.unanswerable and best < 0:
             said = ""
-        return Prediction(f"{question}\n{context}", [text for _, _, text in self.answers(row, context)], said)
+        return Prediction(self.shown(row), [text for _, _, text in self.answers(row, context)], said)
 
     def score(self, said: Sequence[Prediction]) -> dict[str, float]:
         return metrics.span_answers([a.reference for a in said], [a.prediction for a in said])

@@ -5,7 +5,7 @@ or at its first (task.tag_at).
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from megalm.data.config import DataConfig
 from megalm.data.examples import Example
 from megalm.sft import metrics
 from megalm.sft.config import TaskConfig
-from megalm.sft.heads import HeadTask
+from megalm.sft.heads import HeadTask, class_name
 from megalm.sft.report import Prediction
 from megalm.sft.task import Refused
 from megalm.tokenizer.base import Tokenizer
@@ -30,13 +30,19 @@ class TokenClassification(HeadTask):
     head = "token_classification"
     columns = {"tokens": "tokens", "tags": "tags"}
 
-    def names(self, row: Mapping[str, Any]) -> Iterable[Any]:
-        return self.value(row, "tags")
+    def names(self, row: Mapping[str, Any]) -> list[Any]:
+        tags = self.value(row, "tags")
+        if not isinstance(tags, list):
+            raise Refused("tags are no list")
+        return [class_name(tag, "tag") for tag in tags]
+
+    def shown(self, row: Mapping[str, Any]) -> str:
+        return " ".join(self.words(row))
 
     def words(self, row: Mapping[str, Any]) -> list[str]:
-        words, tags = self.value(row, "tokens"), self.value(row, "tags")
-        if not (isinstance(words, list) and isinstance(tags, list) and words):
-            raise Refused("tokens and tags are no lists" if words else "no tokens")
+        words, tags = self.value(row, "tokens"), self.names(row)
+        if not (isinstance(words, list) and words):
+            raise Refused("tokens are no list" if words else "no tokens")
         if len(words) != len(tags):
             raise Refused("as many tags as tokens are needed")
         if not all(isinstance(word, str) and word for word in words):
@@ -69,7 +75,7 @@ class TokenClassification(HeadTask):
         _, places = self.place(words)
         # Words that were cut off were not read: they are nothing.
         said = [self.labels[int(scores[place].argmax())] if place < len(scores) else OUTSIDE for place in places]
-        return Prediction(" ".join(words), [self.labels[self.label(tag)] for tag in self.names(row)], said)
+        return Prediction(self.shown(row), [self.labels[self.label(tag)] for tag in self.names(row)], said)
 
     def score(self, said: Sequence[Prediction]) -> dict[str, float]:
         return metrics.entities([a.reference for a in said], [a.prediction for a in said])
@@ -79,5 +85,6 @@ def open_tagging(
     config: TaskConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int
 ) -> TokenClassification:
     task = TokenClassification(config, tokenizer, sequence_length)
-    task.find_labels(data)
+    for tag, place in task.find_labels(data).items():
+        metrics.require_iob2(tag, place)
     return task

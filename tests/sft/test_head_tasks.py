@@ -17,7 +17,7 @@ from megalm.sft.config import TaskConfig, scores_of
 from megalm.sft.heads import HeadTask
 from megalm.sft.open import open_task
 from megalm.sft.read import read_examples
-from megalm.sft.report import read_predictions
+from megalm.sft.report import is_right, read_predictions
 from megalm.sft.span import best_span
 from megalm.sft.task import Refused
 from megalm.tokenizer.base import Tokenizer
@@ -324,6 +324,89 @@ def test_marks_are_put_around_entities_and_may_be_control_tokens(tmp_path: Path,
     for wrong in ({"text": "a cat", "label": "a"}, given | {"object": [3, 4]}, given | {"object": [13, 99]}):
         with pytest.raises(Refused):
             task.examples(wrong)
+
+
+def test_entities_may_touch_and_not_overlap(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    row: Row = {"text": "张三李四是朋友", "label": "a"}
+    task = task_of(tokenizer, tmp_path, [row], kind="relation_extraction", labels=["a", "b"])
+    for subject, other, marked in (
+        ([0, 2], [2, 4], "<e1>张三</e1><e2>李四</e2>是朋友"),
+        ([2, 4], [0, 2], "<e2>张三</e2><e1>李四</e1>是朋友"),
+        ([5, 7], [0, 2], "<e2>张三</e2>李四是<e1>朋友</e1>"),
+    ):
+        assert task.shown(row | {"subject": subject, "object": other}) == marked
+    for subject, other in (
+        ([0, 2], [2, 2]),
+        ([2, 2], [2, 4]),
+        ([0, 3], [2, 4]),
+        ([0, 4], [2, 4]),
+        ([0, 2], [0, 2]),
+        ([-2, 2], [2, 4]),
+        ([0.0, 2.0], [2, 4]),
+        ([False, True], [2, 4]),
+        ([0, 2], None),
+        ([0, 2, 3], [3, 4]),
+        ("ab", [2, 4]),
+        (5, [2, 4]),
+    ):
+        with pytest.raises(Refused, match="^entities that"):
+            task.shown(row | {"subject": subject, "object": other})
+
+
+def test_tags_are_iob2_from_the_start(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    def opened(*tags: Any, **settings: Any) -> list[str]:
+        rows = [{"tokens": ["x"] * len(each), "tags": each} for each in tags]
+        return task_of(tokenizer, tmp_path, rows, kind="token_classification", **settings).labels
+
+    assert opened(["O", "B-A"], ["I-A"]) == ["B-A", "I-A", "O"]
+    with pytest.raises(MegalmError, match=r"the tag 'PER' of .*rows.jsonl line 2 is not IOB2: write B-TYPE"):
+        opened(["O", "B-A"], ["O", "PER"], ["LOC"])
+    with pytest.raises(MegalmError, match=r"the tag '3' of .* line 1 is not IOB2: name the tags .* task.labels"):
+        opened([3, 0])
+    with pytest.raises(MegalmError, match="the tag 'A' of task.labels is not IOB2"):
+        opened([1, 0], labels=["O", "A"])
+    assert opened([1, 0], labels=["O", "B-A"]) == ["O", "B-A"]
+
+
+def test_only_rows_that_can_be_read_name_classes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    good = [{"text": "x", "label": "a"}, {"text": "y", "label": 1}, {"text": "z", "label": True}]
+    wrong = [{"text": "x", "label": label} for label in (["a", "b"], float("nan"), 0.5, "", " ", {"a": 1}, "\ud800")]
+    rows = [*good, *wrong, {"text": "", "label": "empty"}, {"text": "\ud800", "label": "half"}, {"label": "none"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    data = DataConfig(sources=[SourceConfig(path=str(tmp_path / "rows.jsonl"))])
+    task = open_task(TaskConfig(kind="text_classification"), data, tokenizer, 64)
+    assert isinstance(task, HeadTask) and task.labels == ["True", "a", "1"]
+    found = read_examples(task, tmp_path / "rows.jsonl", 64, "truncate")
+    assert len(found) == 3
+    for reason in (
+        "label is a list, and task.multi_label is not set: 1 (line 4)",
+        "a label that is neither text nor a whole number: 3 (line 5, line 6, line 9)",
+        "an empty label: 2 (line 7, line 8)",
+    ):
+        assert reason in found.report
+    several = [{"text": "x", "label": ["a", ""]}, {"text": "y", "label": ["b"]}, {"text": "z", "label": "c"}]
+    assert task_of(tokenizer, tmp_path, several, kind="text_classification", multi_label=True).labels == ["b"]
+    with pytest.raises(MegalmError, match=r"name 0 classes \(none; left out: .*task.multi_label is not set: 2 \("):
+        task_of(tokenizer, tmp_path, several[:2], kind="text_classification")
+    pair = [{"sentence1": "x", "sentence2": "y", "label": n} for n in (0, 1)]
+    half = {"sentence1": "x", "label": 2}
+    assert task_of(tokenizer, tmp_path, [*pair, half], kind="pair_classification").labels == ["0", "1"]
+    marked = [{"text": "<e1>a</e1><e2>b</e2>", "label": n} for n in (0, 1)]
+    rows = [*marked, {"text": "a", "label": 2}, marked[0] | {"subject": [0.0, 2.0], "object": [2, 4], "label": 3}]
+    assert task_of(tokenizer, tmp_path, rows, kind="relation_extraction").labels == ["0", "1"]
+    words = {"tokens": ["x", "y"], "tags": ["O", "B-A"]}
+    broken = [words | {"tags": 5}, words | {"tags": ["B-C"]}, words | {"tags": ["O", ["B-D"]]}, words | {"tokens": 5}]
+    assert task_of(tokenizer, tmp_path, [words, *broken], kind="token_classification").labels == ["B-A", "O"]
+
+
+def test_several_labels_are_right_in_any_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"text": "x", "label": label} for label in (["a", "b"], ["b", "a", "a"])]
+    settings = {"kind": "text_classification", "multi_label": True, "labels": ["b", "c", "a"]}
+    task = task_of(tokenizer, tmp_path, rows, **settings)
+    answers = [task.predict(row, certain(task, row)) for row in rows]
+    assert all(map(is_right, answers)), answers
+    assert not any(is_right(task.predict(row, [-logits for logits in certain(task, row)])) for row in rows)
 
 
 def test_labels_are_found_or_given_and_unknown_ones_are_refused_with_their_line(
