@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date, time
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -36,8 +37,8 @@ _LABEL_COLUMN = re.compile(
 )
 
 
-def _cells(path: Path, split: Callable[[str], list[str]], header: Header) -> Iterator[tuple[int, list[str]]]:
-    """Numbered lines, cut into cells of which the last is a label.
+def _cells(path: Path, split: Callable[[str], list[str]], header: Header) -> Iterator[tuple[int, str, list[str]]]:
+    """Numbered lines, whole and cut into cells of which the last is a label.
 
     Whether a first line that ends in a name of columns is a header shows at the end of the file: a class comes again,
     as a rule. Raises MegalmError there, as read_lines does elsewhere.
@@ -52,7 +53,7 @@ def _cells(path: Path, split: Callable[[str], list[str]], header: Header) -> Ite
             suspect = label
         elif label == suspect:
             suspect = None
-        yield number, cells
+        yield number, line, cells
     if suspect is not None:
         raise MegalmError(
             f"{path}:1 looks like a header (no other line is labelled {suspect!r}): say --header skip to leave it out, "
@@ -66,7 +67,7 @@ def tsv(paths: Sequence[Path], names: Sequence[str] | None = None, header: Heade
     names: of the classes, where the file holds their numbers.
     """
     for path in paths:
-        for number, parts in _cells(path, lambda line: line.split("\t"), header):
+        for number, _, parts in _cells(path, lambda line: line.split("\t"), header):
             if not "".join(parts).strip():
                 continue
             if len(parts) not in (2, 3):
@@ -76,7 +77,7 @@ def tsv(paths: Sequence[Path], names: Sequence[str] | None = None, header: Heade
                 )
             label = parts[-1].strip()
             if names is not None:
-                if not label.isdigit() or int(label) >= len(names):
+                if not label.isdecimal() or int(label) >= len(names):
                     raise MegalmError(
                         f"{path}:{number} says class {label!r}, and the names are numbered 0 to {len(names) - 1}: "
                         f"correct either{', or say --header skip if it is a header' if number == 1 else ''}"
@@ -86,12 +87,18 @@ def tsv(paths: Sequence[Path], names: Sequence[str] | None = None, header: Heade
             yield {**dict(zip(names_of, parts)), "label": label}
 
 
+_TAG = re.compile(r"O|[A-Z]-[^\W\d]\S*")
+"""IOB2, and its kin with tags for the end of an entity."""
+
+
 def conll(paths: Sequence[Path], header: Header = "refuse") -> Iterator[Row]:
     """One token and its tag a line (the first and the last column), an empty line between sentences ->
-    {tokens, tags}."""
+    {tokens, tags}. Lines before a sentence that begin with # and a space are comments, unless they end in a tag."""
     for path in paths:
         tokens, tags = list[str](), list[str]()
-        for number, parts in _cells(path, lambda line: line.split("\t" if "\t" in line else None), header):
+        for number, line, parts in _cells(path, lambda line: line.split("\t" if "\t" in line else None), header):
+            if not tokens and line.startswith("# ") and not _TAG.fullmatch(parts[-1].strip()):
+                continue
             if not "".join(parts).strip() or parts[0].startswith("-DOCSTART-"):
                 if tokens:
                     yield {"tokens": tokens, "tags": tags}
@@ -106,12 +113,26 @@ def conll(paths: Sequence[Path], header: Header = "refuse") -> Iterator[Row]:
 
 
 def rows(paths: Sequence[Path]) -> Iterator[Row]:
-    """JSON (a list of objects), JSONL or Parquet, as it is; SQuAD's articles as a row for each question."""
+    """JSON (a list of objects), JSONL or Parquet, as it is, dates as text; SQuAD's articles as a row for each
+    question."""
     for path in paths:
         for number, row in read_rows(path):
             if isinstance(row, Refused):
                 raise MegalmError(f"{path}:{number} is not a JSON object ({row}): correct the line")
-            yield dict(row)
+            try:
+                content = json.dumps(row, ensure_ascii=False, default=_iso)
+                content.encode()
+            except (TypeError, ValueError, RecursionError) as error:
+                raise MegalmError(
+                    f"{path}:{number} cannot be written as JSON ({error}): correct the row, or leave out the column"
+                ) from None
+            yield json.loads(content)
+
+
+def _iso(value: Any) -> str:
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    raise TypeError(f"a value is of the type {type(value).__name__}")
 
 
 def squad(paths: Sequence[Path]) -> Iterator[Row]:
@@ -140,16 +161,21 @@ def semeval(paths: Sequence[Path]) -> Iterator[Row]:
     """SemEval-2010 task 8: a numbered, quoted sentence with <e1> and <e2>, and its relation on the next line ->
     {text, label}."""
     for path in paths:
-        sentence: str | None = None
+        above: re.Match[str] | None = None
         for number, line in read_lines(path):
             found = _SEMEVAL.match(line)
-            if found:
-                sentence = found[2]
-            elif sentence is not None:
-                if not line.strip():
-                    raise MegalmError(f"{path}:{number} should name the relation of the sentence above: correct it")
-                yield {"text": sentence, "label": line.strip()}
-                sentence = None
+            if above is not None:
+                if found or not line.strip() or line.startswith("Comment"):
+                    raise MegalmError(
+                        f"{path}:{number} should name the relation of the sentence above, number {above[1]}: correct it"
+                    )
+                yield {"text": above[2], "label": line.strip()}
+                found = None
+            elif not found and re.match(r"\d+\t", line):
+                raise MegalmError(f"{path}:{number} is a number without a sentence in quotes: correct it")
+            above = found
+        if above is not None:
+            raise MegalmError(f"{path} ends before the relation of sentence {above[1]}: add the line, or copy it again")
 
 
 def parallel(paths: Sequence[Path]) -> Iterator[Row]:
@@ -218,5 +244,6 @@ def is_held_out(row: Row, share: float) -> bool:
 
     Rows of one context (questions about a text) go together.
     """
-    key = row.get("context") or json.dumps(row, ensure_ascii=False, sort_keys=True)
+    content = row.get("context") or row
+    key = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, sort_keys=True)
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) < share * 2**64

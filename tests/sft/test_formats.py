@@ -4,7 +4,9 @@ import gzip
 import json
 import subprocess
 import sys
+from datetime import date, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +55,8 @@ def test_tsv_with_numbered_classes(tmp_path: Path) -> None:
     assert [row["label"] for row in formats.tsv([path], ["no", "yes"])] == ["yes", "no"]
     with pytest.raises(MegalmError, match=r"a\.tsv:1 says class '1'"):
         list(formats.tsv([path], ["no"]))
+    with pytest.raises(MegalmError, match=r"b\.tsv:1 says class '²'"):
+        list(formats.tsv([written(tmp_path, "b.tsv", "x\t²\n")], ["no", "yes", "maybe"]))
 
 
 def test_conll_with_and_without_columns_between(tmp_path: Path) -> None:
@@ -60,6 +64,19 @@ def test_conll_with_and_without_columns_between(tmp_path: Path) -> None:
         {"tokens": ["Paris", "is"], "tags": ["B-LOC", "O"]},
         {"tokens": ["Anna", "Bell"], "tags": ["B-PER", "I-PER"]},
     ]
+
+
+def test_comments_before_a_sentence_of_conll_are_no_tokens(tmp_path: Path) -> None:
+    """MultiCoNER's and CoNLL-U's; a token # is one."""
+    for gap in (" ", "\t"):
+        lines = f"# id 5e0e{gap}domain=en\n# text = # vitamin B-12\n#{gap}_{gap}_{gap}O\nx{gap}_{gap}_{gap}B-GRP\n"
+        path = written(tmp_path, "a.conll", f"{lines}\n\n# id 5e0f{gap}domain=en\nParis{gap}_{gap}_{gap}B-LOC\n")
+        assert list(formats.conll([path])) == [
+            {"tokens": ["#", "x"], "tags": ["O", "B-GRP"]},
+            {"tokens": ["Paris"], "tags": ["B-LOC"]},
+        ]
+    numbers = written(tmp_path, "b.conll", "No NN\n# SYM\n5 CD\n\n#\tSYM\n5\tCD\n")
+    assert [row["tokens"] for row in formats.conll([numbers])] == [["No", "#", "5"], ["#", "5"]]
 
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
@@ -132,6 +149,22 @@ def test_rows_as_they_are(tmp_path: Path) -> None:
     assert list(formats.rows([whole, lines])) == [{"a": 1}, {"b": "二"}, {"c": 3}]
 
 
+def test_rows_that_json_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(MegalmError, match=r"a\.jsonl:2 cannot be written as JSON \(.*surrogates not allowed"):
+        list(formats.rows([written(tmp_path, "a.jsonl", '{"a": 1}\n{"a": "\\ud800"}\n')]))
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def read(*rows: dict[str, Any]) -> list[formats.Row]:
+        parquet.write_table(pyarrow.Table.from_pylist([*rows]), tmp_path / "a.parquet")
+        return list(formats.rows([tmp_path / "a.parquet"]))
+
+    dated = {"day": date(2024, 1, 2), "at": [datetime(2024, 1, 2, 3, 4)]}
+    assert read(dated) == [{"day": "2024-01-02", "at": ["2024-01-02T03:04:00"]}]
+    with pytest.raises(MegalmError, match=r"a\.parquet:2 cannot be written as JSON \(a value is of the type bytes\)"):
+        read({"image": None}, {"image": b"x"})
+
+
 def test_parallel_text(tmp_path: Path) -> None:
     source, target = written(tmp_path, "a.en.gz", "one\n\ntwo\n"), written(tmp_path, "a.de", "eins\nleer\nzwei\n")
     assert list(formats.parallel([source, target])) == [
@@ -147,6 +180,10 @@ def test_parallel_text(tmp_path: Path) -> None:
         (formats.conll, "Anna\n", r"file:1 is neither"),
         (formats.squad, "[]", "not in SQuAD's format"),
         (formats.semeval, '1\t"a"\n\n', r"file:2 should name the relation"),
+        (formats.semeval, '8\t"a"\n9\t"b"\nOther\n', r"file:2 should name the relation of .* above, number 8"),
+        (formats.semeval, '8\t"a"\nComment:\n', r"file:2 should name the relation"),
+        (formats.semeval, SEMEVAL + '3\t"a"\n', r"file ends before the relation of sentence 3"),
+        (formats.semeval, "3\ta\nOther\n", r"file:1 is a number without a sentence in quotes"),
         (formats.parallel, "a\n", "two files"),
     ],
 )
@@ -175,6 +212,9 @@ def test_questions_about_one_text_are_held_out_together() -> None:
     assert all(len(set(held[start : start + 4])) == 1 for start in range(0, 400, 4))
     assert 0.15 < sum(held) / len(held) < 0.45
     assert [formats.is_held_out(row, 0.3) for row in reversed(rows)] == held[::-1]
+    parts = [{"context": [["title", [row["context"]]]], "question": row["question"]} for row in rows]
+    held = [formats.is_held_out(row, 0.3) for row in parts]  # as HotpotQA has them
+    assert all(len(set(held[start : start + 4])) == 1 for start in range(0, 400, 4)) and 0 < sum(held) < 400
 
 
 def test_rows_about_python_itself() -> None:
