@@ -389,8 +389,9 @@ def their_shapes(architecture: Architecture, config: ModelConfig) -> dict[str, t
     return described
 
 
-def is_ignored(architecture: Architecture, config: ModelConfig, name: str) -> bool:
-    """Whether a tensor of a folder is no weight of the model: computed, or a copy of the embedding that is tied."""
-    heads = [mapping.theirs for mapping in architecture.tensors if mapping.modules == ("head",)]
-    tied = config.tie_word_embeddings and name in [f"{head}.weight" for head in heads]
-    return tied or re.search(architecture.ignored, name) is not None
+def tied(architecture: Architecture, config: ModelConfig) -> dict[str, str]:
+    """Tensor of the head -> of the embedding that it is tied to: a folder may hold both."""
+    if not config.is_tied:
+        return {}
+    theirs = {entry.ours[0]: entry.theirs for entry in _entries(architecture, config)}
+    return {theirs["head.weight"]: theirs["embedding.table.weight"]}

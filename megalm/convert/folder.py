@@ -61,22 +61,22 @@ class Weights:
 
     def _find(self) -> dict[str, str]:
         """Name of a tensor -> the file it is in."""
+        if (self.folder / WEIGHTS_FILE).exists():  # as transformers does, whatever an index left beside it says
+            return dict.fromkeys(self._open(WEIGHTS_FILE).names(), WEIGHTS_FILE)
         index = self.folder / INDEX_FILE
-        if index.exists():
-            places = read_json(index).get("weight_map")
-            if not isinstance(places, dict):
-                raise MegalmError(f"{index} has no weight_map: copy the folder again")
-            missing = sorted({file for file in places.values() if not (self.folder / file).exists()})
-            if missing:
-                more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-                raise MegalmError(f"{self.folder / missing[0]} is missing{more}: copy the folder again")
-            return dict(places)
-        if not (self.folder / WEIGHTS_FILE).exists():
+        if not index.exists():
             other = next((f" ({path.name} is not read)" for path in sorted(self.folder.glob("*.bin"))), "")
             raise MegalmError(
                 f"{self.folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{other}: save the model as safetensors"
             )
-        return dict.fromkeys(self._open(WEIGHTS_FILE).names(), WEIGHTS_FILE)
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise MegalmError(f"{index} has no weight_map: copy the folder again")
+        missing = sorted({file for file in places.values() if not (self.folder / file).exists()})
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise MegalmError(f"{self.folder / missing[0]} is missing{more}: copy the folder again")
+        return dict(places)
 
     def _open(self, file: str) -> TensorFile:
         if file not in self._files:

@@ -1,6 +1,7 @@
 """Where a model's weights come from: a checkpoint of any layout, or a Hugging Face folder. Both are read by parts."""
 
 import math
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from megalm.nn.adapter import ADAPTERS, MAGNITUDE, A, B, merged
 
 TABLES = ("embedding.table.weight", "head.weight")
 """Weights with a row per token id, and rows of zeros that pad them."""
+_BLOCK = 1 << 20
+"""Numbers compared at a time."""
 
 
 class Source(ABC):
@@ -190,13 +193,32 @@ class FolderSource(Source):
                     f"{self.path}: the tensor {found} is {dtype}, and only {', '.join(CODES)} are read: save it as one"
                 )
             names[name] = found
+        tied = architectures.tied(self.architecture, self.config)
         for name in sorted(there - set(names.values())):
-            if not architectures.is_ignored(self.architecture, self.config, name):
+            if name in tied:
+                if not self._equal(name, names[tied[name]]):
+                    raise MegalmError(
+                        f"{self.path} has a head {name} that is not its embedding: set tie_word_embeddings to false in "
+                        f"its {CONFIG_FILE}"
+                    )
+            elif not re.search(self.architecture.ignored, name):
                 raise MegalmError(
                     f"{self.path} has a tensor {name}, which no {self.architecture.model_class} has: it is another "
                     "architecture"
                 )
         return names
+
+    def _equal(self, head: str, table: str) -> bool:
+        """Whether two tables, the second of which is known to be one, hold the same numbers."""
+        count, width = shape = self._weights.shape(table)
+        if self._weights.shape(head) != shape or self._weights.dtype(head) not in CODES:
+            return False
+        step = max(1, _BLOCK // width)
+        parts = ((first, min(first + step, count)) for first in range(0, count, step))
+        return all(
+            torch.equal(self._weights.rows(head, *part).float(), self._weights.rows(table, *part).float())
+            for part in parts
+        )
 
     def _rows(self, name: str, first: int, last: int) -> Tensor:
         entry, index = self._entry[name]

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from megalm.checkpoint.tensors import Snapshot, file_name
-from megalm.convert import conversion
+from megalm.convert import conversion, sources
 from megalm.convert.architectures import of_json
 from megalm.convert.conversion import from_hf, to_hf
 from megalm.convert.folder import parse_size
+from megalm.convert.sources import FolderSource
 from megalm.errors import MegalmError
 from tests.convert import models
 
@@ -87,6 +89,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "quantised": (lambda f: edit(f, quantization_config={"bits": 4}), "describes quantised weights"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer"),
+    "a head of its own": (
+        lambda f: edit(f, tie_word_embeddings=True),
+        "has a head lm_head.weight that is not its embedding: set tie_word_embeddings to false in its config.json",
+    ),
     "qwen's norms": (lambda f: edit(f, model_type="qwen3"), "has no tensor model.layers.0.self_attn.q_norm.weight"),
 }
 
@@ -109,6 +115,48 @@ def test_a_tensor_of_another_architecture(tmp_path: Path, tokenizer_path: Path) 
     rewrite(tmp_path / "hf", lambda t: t.pop("model.layers.0.self_attn.q_proj.bias"))
     rewrite(tmp_path / "hf", lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}))
     from_hf(tmp_path / "hf", tmp_path / "out", verify=False)
+
+
+@pytest.mark.parametrize("name", ["llama-biases-tied", "gpt2"])
+def test_a_tied_head_in_the_file_is_the_embedding(
+    name: str, tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it, though it is compared by parts."""
+    monkeypatch.setattr(sources, "_BLOCK", 100 * 48)
+    step = models.checkpoint(tmp_path / "run", *models.build(**models.MODELS[name][1]), tokenizer_path)
+    to_hf(step, tmp_path / "hf", verify=False)
+    table = "transformer.wte.weight" if name == "gpt2" else FIRST
+    rewrite(tmp_path / "hf", lambda tensors: tensors.update({"lm_head.weight": tensors[table].clone()}))
+    with FolderSource(tmp_path / "hf") as source:
+        assert source.config.tie_word_embeddings
+    for place in (0, -1):
+        other = load_file(tmp_path / "hf" / "model.safetensors")[table]
+        other[place, place] += 1
+        for head in (other, other[:-1].clone(), other.long()):
+            rewrite(tmp_path / "hf", lambda tensors, head=head: tensors.update({"lm_head.weight": head}))
+            refused(lambda: FolderSource(tmp_path / "hf"), "a head lm_head.weight that is not its embedding", tmp_path)
+
+
+def test_a_whole_file_goes_before_an_index(origin: Path, tmp_path: Path, tokenizer_path: Path) -> None:
+    """As in transformers: save_pretrained leaves the index of the shards that were there before."""
+    other, config = models.build(init_std=0.1)
+    step = models.checkpoint(tmp_path / "run", other, config, tokenizer_path)
+    to_hf(step, tmp_path / "hf", verify=False)
+    for shard in (origin / "hf").glob("model*"):
+        shutil.copy(shard, tmp_path / "hf")
+
+    def is_the_whole_file() -> bool:
+        name = "blocks.1.attention.query.weight"
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+        with FolderSource(tmp_path / "hf") as source:
+            ours = source.whole(name)
+        assert torch.equal(theirs.model.layers[1].self_attn.q_proj.weight, other.named_weights()[name])
+        return torch.equal(ours, other.named_weights()[name])
+
+    assert is_the_whole_file()
+    for shard in (tmp_path / "hf").glob("model-*"):
+        shard.unlink()
+    assert is_the_whole_file()
 
 
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
