@@ -148,10 +148,11 @@ SCALING_KEYS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions. theta, fraction: their keys in config.json; share: the fraction where that is left out.
+    """Rotary positions. theta, fraction: their keys in config.json; share: the fraction where that is left out, or 1 of
+    an architecture that always turns whole heads.
 
     Written as 4.57 reads it (rope_theta, rope_scaling), which later versions do too; read also as later versions write
-    it (rope_parameters).
+    it (rope_parameters), which, as for them, counts only where there is no rope_scaling.
     """
 
     theta: str = "rope_theta"
@@ -167,28 +168,33 @@ class Rope:
         return theirs if self.share == 1.0 else theirs | {self.fraction: ours["rotary_fraction"]}
 
     def read(self, theirs: Values) -> dict[str, Any]:
-        given = dict(theirs.get("rope_scaling") or {}) | dict(theirs.get("rope_parameters") or {})
-        given = {key: value for key, value in given.items() if value is not None}
+        theirs = _without_nulls(theirs)
+        given = _without_nulls(theirs.get("rope_scaling") or theirs.get("rope_parameters") or {})
         theta = given.pop("rope_theta", theirs.get(self.theta, 10000.0))
         fraction = given.pop("partial_rotary_factor", theirs.get(self.fraction, self.share))
         old, kind = given.pop("type", "default"), given.pop("rope_type", None)
         kind = kind or old
+        if self.share == 1.0 and fraction != 1.0:  # transformers ignores it, but fails to compute it with a scaling
+            if kind != "default":
+                raise MegalmError(f"its rotary scaling {kind} has {self.fraction}={fraction}, which is not supported")
+            fraction = 1.0
         ours: dict[str, Any] = {"rope_theta": float(theta), "rotary_fraction": float(fraction), "rope_scaling": None}
         if kind == "default":
             return ours
         if kind not in SCALING_KEYS:
             raise MegalmError(f"its rotary scaling is {kind}, and only {', '.join(SCALING_KEYS)} are supported")
-        if kind == "yarn":
-            given.setdefault("original_max_position_embeddings", theirs.get("max_position_embeddings"))
+        trained = "original_max_position_embeddings"
+        if trained in SCALING_KEYS[kind]:
+            given[trained] = theirs.get(trained) or given.get(trained) or theirs.get("max_position_embeddings")
+            if given[trained] is None:
+                raise MegalmError(f"its rotary scaling {kind} has no {trained}")
         scaling = {"kind": kind} | {key: given.pop(key) for key in SCALING_KEYS[kind] if key in given}
         ours["rope_scaling"] = {
-            key: value if key in ("kind", "original_max_position_embeddings") else float(value)
-            for key, value in scaling.items()
+            key: value if key in ("kind", trained) else float(value) for key, value in scaling.items()
         }
         if given.pop("truncate", True) is not True:
             given["truncate"] = False
-        if kind != "yarn":
-            given.pop("original_max_position_embeddings", None)
+        given.pop(trained, None)
         if "attention_factor" in given:
             usual = rotary_attention_factor(RopeScaling.model_validate(ours["rope_scaling"]))
             if abs(given["attention_factor"] - usual) < 1e-6:
@@ -197,6 +203,10 @@ class Rope:
             key, value = next(iter(given.items()))
             raise MegalmError(f"its rotary scaling {kind} has {key}={value}, which is not supported")
         return ours
+
+
+def _without_nulls(values: Values) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
