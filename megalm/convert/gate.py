@@ -203,31 +203,41 @@ def _fill_while_it_computes(module: nn.Module, own: dict[str, str], weights: Wei
 
 
 def _compare_tokenizers(transformers: Any, tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """Raises MegalmError if transformers gives other ids to the text; notes what its own choice of a class spoils."""
+    """Raises MegalmError if transformers gives other ids to the text; notes what its own choice of a class spoils, and
+    what it puts around a text that megalm does not."""
     if not (folder / "tokenizer.json").exists():
         return []
     lines = TEXT.splitlines(keepends=True)
     expected = tokenizer.encode_batch(lines)
 
-    def ids(kind: Any) -> list[list[int]] | str:
+    def ids(kind: Any, special: bool = False) -> list[list[int]] | str:
         try:
             theirs = kind.from_pretrained(folder, local_files_only=True)
-            return [theirs.encode(line, add_special_tokens=False) for line in lines]
+            return [theirs.encode(line, add_special_tokens=special) for line in lines]
         except Exception as error:  # whatever transformers raises, the tokenizer does not load
             return reason(error)
 
+    kind, notes = transformers.AutoTokenizer, []
     plain = ids(transformers.PreTrainedTokenizerFast)
     if plain != expected:
         why = plain if isinstance(plain, str) else "for the gate's text"
         raise MegalmError(
             f"tokenizer.json gives transformers other ids than megalm's tokenizer ({why}): give another --tokenizer"
         )
-    if ids(transformers.AutoTokenizer) != expected:
-        return [
+    if ids(kind) != expected:
+        kind = transformers.PreTrainedTokenizerFast
+        notes.append(
             f"AutoTokenizer of transformers {transformers.__version__} puts a class of its own in this tokenizer's "
             "place and gives other ids: load it with PreTrainedTokenizerFast.from_pretrained"
-        ]
-    return []
+        )
+    whole = ids(kind, special=True)
+    if whole != [[*tokenizer.begins, *row] for row in expected]:
+        notes.append(
+            "transformers puts other special tokens around a text than megalm, which puts "
+            f"{tokenizer.begins or 'none'} before it: encode with add_special_tokens=False, or set add_bos_token in "
+            "tokenizer_config.json as the model was trained"
+        )
+    return notes
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
+from megalm.convert.folder import read_json
 from megalm.errors import MegalmError
 from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.hugging_face import NEVER, TOKENIZER_FILE
@@ -17,6 +18,7 @@ from megalm.tokenizer.load import load
 from megalm.tokenizer.sentence_piece import META_SPACE, MODEL_FILE
 
 SETTINGS_FILE = "tokenizer_config.json"
+ADDED_FILE = "added_tokens.json"
 TEMPLATE_FILE = "chat_template.jinja"
 COMPANIONS = (SETTINGS_FILE, "special_tokens_map.json", TEMPLATE_FILE)
 """Files beside a tokenizer.json that say what its ends are and how a chat is written."""
@@ -42,11 +44,12 @@ def export(path: Path, tokenizer: Tokenizer, folder: Path, longest: int, templat
     else:
         made = from_sentencepiece(path / MODEL_FILE if path.is_dir() else path)
         made.save(str(folder / TOKENIZER_FILE))
-    begins = [(str(made.id_to_token(i)), i) for i in tokenizer.begins]
-    if begins and made.encode("a").ids[:1] != tokenizer.begins:  # transformers goes by the file, not by add_bos_token
-        named = " ".join(token for token, _ in begins)
+    plain = made.encode("a", add_special_tokens=False).ids
+    if made.encode("a").ids != [*tokenizer.begins, *plain]:  # transformers goes by the file, not by add_bos_token
+        begins = [(str(made.id_to_token(i)), i) for i in tokenizer.begins]
+        before = [token for token, _ in begins]
         made.post_processor = processors.TemplateProcessing(
-            single=f"{named} $A", pair=f"{named} $A {named} $B", special_tokens=begins
+            single=[*before, "$A"], pair=[*before, "$A", *before, "$B"], special_tokens=begins
         )
         # all else stays as it is written, and with it the fingerprint
         document = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
@@ -80,11 +83,14 @@ def export(path: Path, tokenizer: Tokenizer, folder: Path, longest: int, templat
 def restore(path: Path, folder: Path) -> Tokenizer:
     """Copy a tokenizer from a Hugging Face folder (or another path) into `folder`, and load it from there.
 
-    Raises MegalmError if there is none, or none that megalm reads.
+    Raises MegalmError if there is none, or none that megalm reads, or if it is a sentencepiece model that the files
+    beside it contradict.
     """
     beside = path if path.is_dir() else path.parent
     folder.mkdir()
     tokenizer = load(path)
+    if tokenizer.kind == "sentencepiece":
+        _refuse_contradiction(beside, tokenizer)
     file = TOKENIZER_FILE if tokenizer.kind == "huggingface" else MODEL_FILE
     shutil.copyfile(path / file if path.is_dir() else path, folder / file)
     for name in COMPANIONS:
@@ -93,6 +99,30 @@ def restore(path: Path, folder: Path) -> Tokenizer:
     copied = load(folder)
     assert copied.fingerprint == tokenizer.fingerprint
     return copied
+
+
+def _refuse_contradiction(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raise MegalmError if files beside a sentencepiece model add or change what the model alone does not say."""
+    settings, added = (
+        read_json(folder / name) if (folder / name).exists() else {} for name in (SETTINGS_FILE, ADDED_FILE)
+    )
+    added = added | {_spelled(token): int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    wrong = [f"the token {token} with id {i}" for token, i in added.items() if tokenizer.token_to_id(token) != i]
+    eos, begun = _spelled(settings.get("eos_token")), settings.get("add_bos_token")
+    if eos is not None and tokenizer.token_to_id(eos) != tokenizer.eos_id:
+        wrong.append(f"eos_token={eos}")
+    if begun is not None and begun != bool(tokenizer.begins):
+        wrong.append(f"add_bos_token={begun}")
+    if wrong:
+        raise MegalmError(
+            f"{folder} gives its tokenizer {wrong[0]}, of which its sentencepiece model knows nothing: save a "
+            f"{TOKENIZER_FILE} there, with transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+
+
+def _spelled(token: Any) -> Any:
+    """A token's text, where tokenizer_config.json may say more of it."""
+    return token["content"] if isinstance(token, dict) else token
 
 
 def from_sentencepiece(path: Path) -> tokenizers.Tokenizer:

@@ -6,11 +6,12 @@ import random
 import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 import transformers
 
-from megalm.convert import tokenizer_files
+from megalm.convert import gate, tokenizer_files
 from megalm.convert.conversion import from_hf, to_hf
 from megalm.convert.gate import TEXT
 from megalm.convert.tokenizer_files import from_sentencepiece
@@ -89,14 +90,17 @@ def test_models_that_change_text_are_refused(tmp_path: Path) -> None:
         from_sentencepiece(tmp_path / "nfkc.model")
 
 
-def test_a_dummy_prefix_is_kept(tmp_path: Path) -> None:
-    """As Llama 2's tokenizer has it."""
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a sentencepiece model as Llama 2 has it, alone."""
     import sentencepiece
 
-    (tmp_path / "corpus.txt").write_text("".join(topics.values()))
+    folder = tmp_path_factory.mktemp("llama")
+    corpus = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    corpus.write_text("".join(topics.values()))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"),
-        model_prefix=str(tmp_path / "llama"),
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
         vocab_size=600,
         byte_fallback=True,
@@ -104,28 +108,120 @@ def test_a_dummy_prefix_is_kept(tmp_path: Path) -> None:
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
-    ours, made = load(tmp_path / "llama.model"), from_sentencepiece(tmp_path / "llama.model")
+    (folder / "tokenizer.vocab").unlink()
+    return folder
+
+
+CHAT = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "added_tokens_decoder": {
+        str(i): {"content": name, "special": True} for i, name in enumerate(("<unk>", "<s>", "</s>"))
+    },
+}
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, int], str]] = {
+    # name: (tokenizer_config.json, added_tokens.json, what is named)
+    "added tokens": ({}, {"<|im_start|>": 600, "<|im_end|>": 601}, "the token <|im_start|> with id 600"),
+    "added tokens in the settings": (
+        {"added_tokens_decoder": {"600": {"content": "<|im_end|>", "special": True}}},
+        {},
+        "the token <|im_end|> with id 600",
+    ),
+    "another token at an id": ({"added_tokens_decoder": {"7": {"content": "[X]"}}}, {}, r"the token \[X\] with id 7"),
+    "another end": ({"eos_token": {"content": "<s>"}}, {}, "eos_token=<s>"),
+    "no begin": ({"add_bos_token": False}, {}, "add_bos_token=False"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_files_that_contradict_a_sentencepiece_model_are_refused(case: str, llama: Path, tmp_path: Path) -> None:
+    settings, added, words = CONTRADICTIONS[case]
+    shutil.copytree(llama, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(CHAT | settings))
+    (tmp_path / "hf" / "added_tokens.json").write_text(json.dumps(added))
+    for path in (tmp_path / "hf", tmp_path / "hf" / "tokenizer.model"):
+        with pytest.raises(MegalmError, match=f"gives its tokenizer {words.replace('|', '.')}, of which") as raised:
+            tokenizer_files.restore(path, tmp_path / "out")
+        assert "save a tokenizer.json there" in str(raised.value)
+        (tmp_path / "out").rmdir()
+
+
+def test_the_way_out_of_a_contradiction(llama: Path, tmp_path: Path) -> None:
+    """What a chat fine-tune of Llama 2 has, and its own words for it."""
+    shutil.copytree(llama, tmp_path / "hf")
+    tokens = {"600": {"content": "<|im_start|>", "special": True}, "601": {"content": "<|im_end|>", "special": True}}
+    settings = CHAT | {"eos_token": "<|im_end|>", "add_bos_token": False, "added_tokens_decoder": tokens}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = tokenizer_files.restore(tmp_path / "hf", tmp_path / "out")
+    assert (ours.eos_id, ours.begins, ours.token_to_id("<|im_start|>")) == (theirs.eos_token_id, [], 600)
+    assert ours.encode("a text") == theirs.encode("a text")
+
+
+def test_files_that_agree_with_a_sentencepiece_model_are_taken(llama: Path, tmp_path: Path) -> None:
+    tokenizer_files.restore(llama, tmp_path / "alone")
+    shutil.copytree(llama, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(CHAT | {"add_bos_token": True}))
+    assert tokenizer_files.restore(tmp_path / "hf", tmp_path / "out").begins == [1]
+
+
+def test_a_dummy_prefix_is_kept(llama: Path, tmp_path: Path) -> None:
+    """As Llama 2's tokenizer has it."""
+    path = llama / "tokenizer.model"
+    ours, made = load(path), from_sentencepiece(path)
     texts = [text for text in strings() if "\x00" not in text]
     assert not [t for t in texts if made.encode(t, add_special_tokens=False).ids != ours.encode(t)]
     assert made.decode(ours.encode("a b")) == "a b"
     # by default transformers puts before a text what megalm puts before a document
     (tmp_path / "out").mkdir()
-    tokenizer_files.export(tmp_path / "llama.model", ours, tmp_path / "out", 64)
+    tokenizer_files.export(path, ours, tmp_path / "out", 64)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     assert ours.begins and theirs("a b")["input_ids"] == [*ours.begins, *ours.encode("a b")]
 
 
-def test_a_begin_token_that_only_the_settings_add_is_exported(tmp_path: Path) -> None:
-    path = save_tokenizer(tmp_path / "bytes", ends=("</s>", "<s>"))
+@pytest.mark.parametrize("begin", [None, "<s>"])
+@pytest.mark.parametrize("added", [True, False])
+def test_the_settings_say_whether_a_begin_token_is_exported(added: bool, begin: str | None, tmp_path: Path) -> None:
+    """Whether or not the file puts one before a text."""
+    path = save_tokenizer(tmp_path / "bytes", ends=("</s>", "<s>"), begin=begin)
     (tmp_path / "out").mkdir()
-    for added in (True, False):
-        settings = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": added}
-        (path / "tokenizer_config.json").write_text(json.dumps(settings))
-        ours = load(path)
-        tokenizer_files.export(path, ours, tmp_path / "out", 64)
-        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    settings = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": added}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = load(path)
+    tokenizer_files.export(path, ours, tmp_path / "out", 64)
+    for kind in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
+        theirs = kind.from_pretrained(tmp_path / "out")
         assert theirs("ab")["input_ids"] == [*ours.begins, *ours.encode("ab")]
-        assert (ours.begins != []) is added and load(tmp_path / "out").fingerprint == ours.fingerprint
+    assert (ours.begins != []) is added and load(tmp_path / "out").fingerprint == ours.fingerprint
+    assert gate._compare_tokenizers(transformers, ours, tmp_path / "out") == []
+
+
+def test_an_end_token_that_the_file_adds_is_not_exported(tmp_path: Path) -> None:
+    """It would end every prompt."""
+    path = save_tokenizer(tmp_path / "bytes", ends=("</s>", "<s>"), begin="<s>")
+    document = json.loads((path / "tokenizer.json").read_text())
+    end = {"id": "</s>", "ids": [256], "tokens": ["</s>"]}
+    document["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    document["post_processor"]["special_tokens"]["</s>"] = end
+    (path / "tokenizer.json").write_text(json.dumps(document))
+    ours = load(path)
+    assert transformers.AutoTokenizer.from_pretrained(path)("ab")["input_ids"][-1] == ours.eos_id
+    (tmp_path / "out").mkdir()
+    tokenizer_files.export(path, ours, tmp_path / "out", 64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs("ab")["input_ids"] == [*ours.begins, *ours.encode("ab")]
+    assert load(tmp_path / "out").fingerprint == ours.fingerprint
+
+
+def test_what_transformers_puts_around_a_text_is_noted(tmp_path: Path) -> None:
+    path = save_tokenizer(tmp_path / "bytes", ends=("</s>", "<s>"), begin="<s>")
+    settings = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": False}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    [note] = gate._compare_tokenizers(transformers, load(path), path)
+    assert "other special tokens around a text than megalm, which puts none before it" in note
 
 
 def test_a_chat_goes_with_the_model(tmp_path: Path) -> None:
