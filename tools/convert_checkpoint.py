@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megalm.errors import main_guard
+from megalm.errors import MegalmError, main_guard
 
 
 def main() -> None:
@@ -37,22 +37,24 @@ def main() -> None:
         )
     arguments = parser.parse_args()
 
+    bar = Bar()
+    shared: dict[str, Any] = {"workers": max(1, arguments.workers), "report": bar}
     if getattr(arguments, "adapter", False):
+        for unused in ("dtype", "max_shard_size", "tokenizer", "no_verify"):
+            if getattr(arguments, unused) != there.get_default(unused):
+                raise MegalmError(
+                    f"--adapter writes the adapters alone, in fp32 and one file: leave out --{unused.replace('_', '-')}"
+                )
         from megalm.convert.adapter import to_peft
 
-        written = to_peft(arguments.source, arguments.output)
+        written = to_peft(arguments.source, arguments.output, **shared)
+        bar.close()
         print(f"{arguments.output}: adapters for peft, {written / 1e6:.2f} MB")
         return
     from megalm.convert.conversion import from_hf, to_hf  # imports torch, which takes seconds
 
     started = time.monotonic()
-    bar = Bar()
-    shared: dict[str, Any] = {
-        "tokenizer": arguments.tokenizer,
-        "verify": not arguments.no_verify,
-        "workers": max(1, arguments.workers),
-        "report": bar,
-    }
+    shared |= {"tokenizer": arguments.tokenizer, "verify": not arguments.no_verify}
     if arguments.direction == "to-hf":
         done = to_hf(
             arguments.source,

@@ -1,13 +1,15 @@
 """A checkpoint's adapters as a folder that peft loads onto the base model."""
 
+import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from torch import Tensor
 
-from megalm.checkpoint.folder import resolve
 from megalm.convert import architectures
-from megalm.convert.folder import write_json
+from megalm.convert.conversion import Report, refuse_existing, silent, unfinished, verify_weights
+from megalm.convert.folder import Budget, Planned, write_json, write_shard
 from megalm.convert.mapping import Same
 from megalm.convert.sources import CheckpointSource
 from megalm.errors import MegalmError
@@ -28,17 +30,17 @@ _TASKS: dict[HeadKind, str] = {
 """What peft calls them."""
 
 
-def to_peft(checkpoint: Path, output: Path) -> int:
+def to_peft(checkpoint: Path, output: Path, *, workers: int = 4, report: Report = silent) -> int:
     """Write the adapters of a checkpoint, and a task's head beside them, fp32, and peft's description of them; returns
     the bytes of the weights.
 
     The base is the model that the run started from (model.init_from), as to_hf writes it or as it came.
 
-    Raises MegalmError if there are no adapters, or if peft could not hold what was trained.
+    Raises MegalmError if the checkpoint is missing or damaged, if there are no adapters, or if peft could not hold what
+    was trained; then there is no output.
     """
-    if output.exists():
-        raise MegalmError(f"{output} exists: name another output folder, or remove it")
-    with CheckpointSource(resolve(checkpoint)) as source:
+    refuse_existing(output)
+    with CheckpointSource(checkpoint) as source:
         if not source.adapters:
             raise MegalmError(
                 f"checkpoint {source.path} has no adapters, its weights were trained: leave out --adapter"
@@ -52,8 +54,8 @@ def to_peft(checkpoint: Path, output: Path) -> int:
         architecture = architectures.of_model(source.config)
         entries = architectures.entries(architecture, source.config)
         theirs = {ours: entry for entry in entries for ours in entry.ours}
-        tensors, modules = {}, []
-        for name, shape in source.adapters.items():
+        names, modules = {}, []
+        for name in source.adapters:
             module, _, kind = name.rpartition(".")
             entry = theirs[f"{module}.weight"]
             if type(entry.mapping) is not Same:
@@ -63,16 +65,25 @@ def to_peft(checkpoint: Path, output: Path) -> int:
                 )
             target = entry.theirs.removesuffix(".weight")
             modules.append(target)
-            tensors[f"base_model.model.{target}.{_NAMES[kind]}"] = source.saved(name, 0, shape[0])
+            names[f"base_model.model.{target}.{_NAMES[kind]}"] = name
         heads = [entry for name, entry in theirs.items() if is_head(name)]
         for entry in heads:
             [name] = entry.ours
-            tensors[f"base_model.model.{entry.theirs}"] = source.whole(name)
+            names[f"base_model.model.{entry.theirs}"] = name
         saved = sorted({entry.theirs.rpartition(".")[0] for entry in heads})
-        output.mkdir(parents=True)
-        save_file(tensors, output / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json(output / CONFIG_FILE, _described(source, sorted(set(modules)), saved))
-        return sum(tensor.nbytes for tensor in tensors.values())
+        shapes = source.shapes | source.adapters
+        planned = [Planned(theirs, shapes[ours], "float32") for theirs, ours in names.items()]
+
+        def make(theirs: str) -> Tensor:
+            return source.saved(names[theirs], 0, shapes[names[theirs]][0])
+
+        verify_weights(source, workers, report)
+        plan = {"checkpoint": source.manifest.files, "adapter": True, "megalm": version("megalm")}
+        with unfinished(output, plan) as partial:
+            budget = Budget(2 * max(math.prod(tensor.shape) for tensor in planned))
+            write_shard(partial / WEIGHTS_FILE, planned, make, budget, workers)
+            write_json(partial / CONFIG_FILE, _described(source, sorted(set(modules)), saved))
+        return sum(tensor.bytes for tensor in planned)
 
 
 def _described(source: CheckpointSource, modules: list[str], saved: list[str]) -> dict[str, Any]:

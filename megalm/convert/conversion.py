@@ -50,7 +50,7 @@ Report = Callable[[str, int, int], None]
 """Called with what is being done, the bytes of it that are done, and all of them."""
 
 
-def _silent(what: str, done: int, total: int) -> None:
+def silent(what: str, done: int, total: int) -> None:
     pass
 
 
@@ -74,7 +74,7 @@ def to_hf(
     tokenizer: Path | None = None,
     verify: bool = True,
     workers: int = 4,
-    report: Report = _silent,
+    report: Report = silent,
 ) -> Converted:
     """Write a checkpoint, whatever layout wrote it, as a folder that transformers loads.
 
@@ -92,8 +92,8 @@ def to_hf(
         path = Path(tokenizer or manifest.config["data"]["tokenizer"])
         loaded = _tokenizer(path, source)
         limit = parse_size(max_shard_size)
-        _refuse_existing(output)
-        _verify(source, workers, report)
+        refuse_existing(output)
+        verify_weights(source, workers, report)
         rounded = {name: DTYPES[dtype] if dtype else kept for name, kept in source.dtypes.items()}
         shapes = architectures.their_shapes(architecture, config)
         entries = {entry.theirs: entry for entry in architectures.entries(architecture, config)}
@@ -104,7 +104,7 @@ def to_hf(
             return _round(source.whole(name), rounded[name], name)
 
         plan = {"checkpoint": manifest.files, "dtype": dtype, "max_shard_size": limit, "megalm": version("megalm")}
-        with _unfinished(output, plan) as partial:
+        with unfinished(output, plan) as partial:
             _write_shards(partial, files, entries, config, weight, workers, report)
             blend = manifest.data.get("blend", {})
             trained_with = trained_template(blend)
@@ -126,7 +126,7 @@ def from_hf(
     tokenizer: Path | None = None,
     verify: bool = True,
     workers: int = 4,
-    report: Report = _silent,
+    report: Report = silent,
 ) -> Converted:
     """Write a Hugging Face folder as a checkpoint of step 0, without moments, that load_model and model.init_from read.
 
@@ -138,8 +138,8 @@ def from_hf(
     """
     path = tokenizer or folder
     with FolderSource(folder) as source:
-        _refuse_existing(output)
-        with _unfinished(output, {"folder": _state(folder), "megalm": version("megalm")}) as partial:
+        refuse_existing(output)
+        with unfinished(output, {"folder": _state(folder), "megalm": version("megalm")}) as partial:
             shutil.rmtree(partial / "tokenizer", ignore_errors=True)
             loaded = tokenizer_files.restore(path, partial / "tokenizer")
             assert source.config.vocab_size is not None
@@ -166,7 +166,7 @@ def _state(folder: Path) -> dict[str, Any]:
     return {"": str(folder.resolve())} | {name: (stat.st_size, stat.st_mtime_ns) for name, stat in files.items()}
 
 
-def _refuse_existing(output: Path) -> None:
+def refuse_existing(output: Path) -> None:
     if output.exists():
         raise MegalmError(f"{output} exists: name another output folder, or remove it")
 
@@ -189,7 +189,7 @@ def _tokenizer(path: Path, source: CheckpointSource) -> Tokenizer:
     return loaded
 
 
-def _verify(source: CheckpointSource, workers: int, report: Report) -> None:
+def verify_weights(source: CheckpointSource, workers: int, report: Report) -> None:
     """Read every byte of a checkpoint's weights. Raises MegalmError if one was altered."""
     sizes = {name: source.manifest.files[name]["bytes"] for name in source.files}
     count, faults = _Count("verifying the checkpoint", sum(sizes.values()), report), []
@@ -216,7 +216,7 @@ class _Count:
 
 
 @contextmanager
-def _unfinished(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
+def unfinished(output: Path, plan: dict[str, Any]) -> Iterator[Path]:
     """A hidden folder that becomes `output` if nothing is raised.
 
     What a user can cause removes it. Anything else, a kill or a full disk included, leaves it: the next conversion of

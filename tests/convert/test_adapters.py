@@ -1,6 +1,7 @@
 """A checkpoint with adapters: merged into an export, or written for peft; both compute what it computes."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from megalm.convert.architectures import HEAD_CLASSES
 from megalm.convert.conversion import to_hf
 from megalm.convert.sources import CheckpointSource
 from megalm.errors import MegalmError
-from megalm.eval.load import load_model
 from megalm.models.config import ModelConfig, TuningConfig
 from megalm.models.decoder import build_model
 from megalm.models.tuning import tuned_decoder
@@ -78,7 +78,11 @@ def tokens() -> torch.Tensor:
 
 @torch.no_grad()
 def our_logits(step: Path) -> torch.Tensor:
-    model, config, _ = load_model(step)
+    with CheckpointSource(step) as source:  # eval's load_model takes no task's head
+        config = source.config
+        model = build_model(tuned_decoder(config, source.tuning, Layers(), seed=0, segmented=False), seed=3).eval()
+        for name, parameter in model.named_weights().items():
+            parameter.copy_(source.saved(name, 0, parameter.shape[0]))
     ids = tokens()
     positions = torch.arange(ids.shape[1]).repeat(ids.shape[0], 1)
     out = model((ids, torch.zeros_like(ids), positions, torch.arange(ids.shape[0])))
@@ -180,6 +184,52 @@ def test_what_peft_cannot_hold_is_refused(tmp_path: Path, tokenizer_path: Path) 
         method="lora",
         also_train=["*norm*"],
     )
+
+
+def test_an_altered_checkpoint_is_refused(tmp_path: Path, tokenizer_path: Path) -> None:
+    step = checkpoint(tmp_path / "run", "llama", tokenizer_path, method="lora")
+    [weights] = step.glob("weights-*.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(MegalmError, match=f"{weights.name} was altered"):
+        to_peft(step, tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_full_disk(tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder has its name when all of it stands, and the same command makes up for what is missing."""
+    step = checkpoint(tmp_path / "run", "llama", tokenizer_path, method="lora")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(MegalmError, match=r"could not be written \(No space left on device\): make room"):
+            to_peft(step, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    to_peft(step, tmp_path / "adapter")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "run"]
+    written = sorted(path.name for path in (tmp_path / "adapter").iterdir())
+    assert written == ["adapter_config.json", "adapter_model.safetensors"]
+    (tmp_path / "file").touch()
+    with pytest.raises(MegalmError, match="could not be written"):
+        to_peft(step, tmp_path / "file" / "adapter")
+
+
+@pytest.mark.parametrize(
+    "option", [["--dtype", "bf16"], ["--max-shard-size", "5 apples"], ["--tokenizer", "none"], ["--no-verify"]]
+)
+def test_options_that_adapters_have_no_use_for_are_refused(
+    option: list[str], tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = checkpoint(tmp_path / "run", "llama", tokenizer_path, method="lora")
+    command = ["convert_checkpoint.py", "to-hf", str(step), str(tmp_path / "adapter"), "--adapter", *option]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(MegalmError, match=f"in fp32 and one file: leave out {option[0]}$"):
+        convert_checkpoint.main()
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_its_description(tmp_path: Path, tokenizer_path: Path) -> None:
