@@ -6,6 +6,7 @@ weights while it computes and no longer.
 
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megalm.convert import architectures
 from megalm.convert.folder import Weights
 from megalm.errors import MegalmError, reason
 from megalm.models.config import ModelConfig
@@ -59,7 +61,7 @@ def judge(config: ModelConfig, weight: Callable[[str], Tensor], tokenizer: Token
     tokens = _tokens(config, tokenizer)
     ours = logits(config, weight, tokens)
     with _quiet(transformers):
-        theirs = _their_logits(transformers, folder, tokens, config.head)
+        theirs = _their_logits(transformers, folder, tokens, config)
         if config.head == "sequence_classification":
             ours = ours[:, -1]
         notes = _compare_tokenizers(transformers, tokenizer, folder)
@@ -123,11 +125,12 @@ def logits(config: ModelConfig, weight: Callable[[str], Tensor], tokens: Tensor)
 
 
 @torch.no_grad()
-def _their_logits(transformers: Any, folder: Path, tokens: Tensor, head: HeadKind) -> Tensor:
+def _their_logits(transformers: Any, folder: Path, tokens: Tensor, config: ModelConfig) -> Tensor:
     """tokens [batch, seq] -> [batch, seq, vocab or classes] of transformers' model of a folder, in fp32; [batch,
     classes] where a class is that of the row."""
+    head, ignored = config.head, architectures.of_model(config).ignored
     with Weights(folder) as weights:
-        model, kept = _without_weights(transformers, weights, head)
+        model, kept = _without_weights(transformers, weights, head, ignored)
         for module in model.modules():
             if own := {key: kept[id(parameter)] for key, parameter in module.named_parameters(recurse=False)}:
                 _fill_while_it_computes(module, own, weights)
@@ -140,8 +143,11 @@ def _their_logits(transformers: Any, folder: Path, tokens: Tensor, head: HeadKin
         return model(input_ids=tokens, use_cache=False).logits.float()
 
 
-def _without_weights(transformers: Any, weights: Weights, head: HeadKind) -> tuple[nn.Module, dict[int, str]]:
+def _without_weights(
+    transformers: Any, weights: Weights, head: HeadKind, ignored: str
+) -> tuple[nn.Module, dict[int, str]]:
     """transformers' model of a folder, and for each of its parameters, by id, the folder's tensor that belongs there.
+    ignored: names of tensors that are no weights, which not every version of transformers passes over.
 
     transformers loads tensors of the folder's names and shapes that lie on one stretch of memory, each one number
     further on than the one before: so it judges the names and shapes, makes what is computed and not kept (rotary
@@ -149,7 +155,7 @@ def _without_weights(transformers: Any, weights: Weights, head: HeadKind) -> tup
 
     Raises MegalmError if it does not load them, or finds one missing, unknown or of another shape.
     """
-    folder, names = weights.folder, weights.names()
+    folder, names = weights.folder, [name for name in weights.names() if not re.search(ignored, name)]
     shapes = [weights.shape(name) for name in names]
     # not a number: a parameter that is used outside its module's forward pass cannot pass unseen
     memory = torch.full((max(map(math.prod, shapes)) + len(names),), math.nan)

@@ -117,6 +117,23 @@ def test_a_tensor_of_another_architecture(tmp_path: Path, tokenizer_path: Path) 
     from_hf(tmp_path / "hf", tmp_path / "out", verify=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("llama-biases-tied", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("gpt2", "transformer.h.0.attn.masked_bias"),
+        ("gpt2", "transformer.h.0.attn.bias"),
+    ],
+)
+def test_what_older_versions_left_in_a_file_passes_the_gate(
+    name: str, left: str, tmp_path: Path, tokenizer_path: Path
+) -> None:
+    step = models.checkpoint(tmp_path / "run", *models.build(**models.MODELS[name][1]), tokenizer_path)
+    to_hf(step, tmp_path / "hf", verify=False)
+    rewrite(tmp_path / "hf", lambda tensors: tensors.update({left: torch.ones(6)}))
+    from_hf(tmp_path / "hf", tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", ["llama-biases-tied", "gpt2"])
 def test_a_tied_head_in_the_file_is_the_embedding(
     name: str, tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
