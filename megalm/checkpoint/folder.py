@@ -18,7 +18,7 @@ LATEST = "latest"
 BEST = "best"
 """Names the checkpoint whose evaluation was the best, where evaluate.keep_best says so."""
 WENT_BACK = "went-back"
-"""Names the checkpoint that the run was last told to go back to."""
+"""Names the checkpoint that the run was last told to go back to, as it was told: step-N or best."""
 
 
 class Ranks(Protocol):
@@ -259,25 +259,36 @@ def _retain(directory: Path, step: int, keep_last: int, keep_every: int) -> None
 
 
 def go_back(directory: Path, folder: Path) -> Path:
-    """The checkpoint to continue from when a run is told to continue from one of its own, `folder`.
+    """The checkpoint to continue from when a run is told to continue from `folder`, one of its own, or its `best`.
 
     Later ones belong to a course that the run then leaves, and step aside as left-step-N. The same command given again
-    finds that it did so, and continues from the newest.
+    finds that it did so, and continues from the newest, even if `folder` was deleted since.
+
+    Raises MegalmError if it is no checkpoint of the run.
     """
-    newest_one, note = newest(directory), directory / WENT_BACK
-    if newest_one is None or newest_one == folder:
-        return folder
-    if note.exists() and note.read_text(errors="replace").strip() == folder.name:
+    newest_one, told = newest(directory), folder
+    if newest_one and told == directory / _went_back(directory):
         return newest_one
-    number = int(folder.name.removeprefix("step-"))
+    folder = resolve(told)
+    number = _number(folder)
+    if folder.parent != directory or number < 0:
+        raise MegalmError(
+            f"a run does not go back to {told}, which is not named step-N: choose a step-N of {directory}, or rename "
+            "it back to step-N first"
+        )
     later = [path for path in directory.glob("step-*") if _number(path) > number]
     for path in sorted(later, key=_number, reverse=True):
         left = directory / f"left-{path.name}"
         shutil.rmtree(left, ignore_errors=True)
         path.rename(left)
     _note(directory / LATEST, folder.name)
-    _note(note, folder.name)
+    _note(directory / WENT_BACK, told.name)
     return folder
+
+
+def _went_back(directory: Path) -> str:
+    note = directory / WENT_BACK
+    return note.read_text(errors="replace").strip() if note.is_file() else ""
 
 
 def _number(folder: Path) -> int:
@@ -305,6 +316,8 @@ def refuse_damaged(folder: Path, faults: list[str], *, echo: bool = False) -> No
     suffix = f" (and {more} more fault{'s' if more > 1 else ''})" if more else ""
     other = _other(folder)
     way = f"use {other} instead" if other else "no whole checkpoint stands beside it"
+    if other and other.name == _went_back(folder.parent):  # told so again, the run would go on from the newest
+        way += f", and move {folder.name} away first, as the run went back to {other.name} before"
     raise MegalmError(f"checkpoint {folder} is damaged: {faults[0]}{suffix}; {way}", echo=echo)
 
 

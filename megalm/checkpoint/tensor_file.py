@@ -7,6 +7,7 @@ where that is limited, and in what tools report.
 import json
 import math
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class TensorFile:
     def __init__(self, path: Path):
         """Raises OSError, or ValueError if it is no such file or not all of it."""
         self._file = path.open("rb", buffering=0)
+        weakref.finalize(self, self._file.close)  # without `with`, when the last thread that reads it is done
         try:
             self._begin, self._tensors = self._read_head()
         except BaseException:

@@ -5,13 +5,16 @@ into stretches wherever ZeRO happened to cut it. The manifest says where each st
 layout of its own: any rank of any other layout reads just the stretches of the tensors that it holds.
 """
 
+import errno
 import hashlib
 import math
 import os
+import resource
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +28,8 @@ from megalm.errors import MegalmError
 WEIGHT = "weight"
 _BLOCK = 1 << 24
 """Bytes written and hashed at a time."""
+_MOST_OPEN = 256
+"""Files that a reader has open at once, a quarter of the 1,024 that a process usually may have."""
 
 
 class Stretch(Protocol):
@@ -163,20 +168,25 @@ def merge(tables: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, An
 
 
 class Reader:
-    """Reads any part of any tensor of a checkpoint, whatever layout wrote it. A context manager."""
+    """Reads any part of any tensor of a checkpoint, whatever layout wrote it, in any threads. A context manager.
+
+    However many ranks wrote it, few of their files are open at once: what was read longest ago is let go first.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest):
         self._folder = folder
         self._parameters = manifest.parameters
         self._tensor_size = manifest.layout["tensor"]
-        self._files: dict[Path, TensorFile] = {}
-        self._stack = ExitStack()
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._limit = _MOST_OPEN if soft == resource.RLIM_INFINITY else max(1, min(soft // 4, _MOST_OPEN))
+        self._files: OrderedDict[Path, TensorFile] = OrderedDict()
+        self._lock = Lock()
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+        self._files.clear()
 
     def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
         """A whole tensor, fp32."""
@@ -235,14 +245,24 @@ class Reader:
 
     def _file(self, rank: int, kind: str) -> TensorFile:
         path = self._folder / file_name(rank, kind)
-        if path not in self._files:
-            try:
-                self._files[path] = self._stack.enter_context(TensorFile(path))
-            except (OSError, ValueError) as error:
-                raise MegalmError(
-                    f"{path} cannot be read ({error}): the checkpoint is damaged, choose another one of the run"
-                ) from None
-        return self._files[path]
+        with self._lock:
+            if path not in self._files:
+                while len(self._files) >= self._limit:
+                    self._files.popitem(last=False)  # not closed here: another thread may be reading it
+                self._files[path] = _open(path)
+            self._files.move_to_end(path)
+            return self._files[path]
+
+
+def _open(path: Path) -> TensorFile:
+    try:
+        return TensorFile(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise MegalmError(f"cannot open {path}: too many files are open, raise the limit (ulimit -n)") from None
+        raise MegalmError(
+            f"{path} cannot be read ({error}): the checkpoint is damaged, choose another one of the run"
+        ) from None
 
 
 def read_weights(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:

@@ -61,8 +61,8 @@ def find(config: RunConfig) -> Path | None:
     """The checkpoint that checkpoint.resume asks for, or None for a fresh run.
 
     A named checkpoint of another folder starts a run; once that run has its own, it continues from those. One of its
-    own takes the run back to it, once; later ones step aside. So the same command can be given again. A crash's
-    leftovers are put right first.
+    own takes the run back to it, once; later ones step aside. So the same command can be given again. Its `latest` is
+    what `auto` finds. A crash's leftovers are put right first.
 
     Raises MegalmError if `never` meets a run that exists, a named checkpoint does not exist, or the newest is damaged.
     """
@@ -77,8 +77,8 @@ def find(config: RunConfig) -> Path | None:
         )
     if wanted not in ("auto", "never"):
         path, mine = Path(wanted).resolve(), own.resolve()
-        if mine in path.parents:
-            return checkpoints.go_back(own, own / checkpoints.resolve(path).name)
+        if mine in path.parents and path != mine / checkpoints.LATEST:
+            return checkpoints.go_back(own, own / path.relative_to(mine))
         if newest is None:
             return checkpoints.resolve(Path(wanted))
     checkpoints.refuse_headless(own)

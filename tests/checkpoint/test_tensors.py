@@ -1,5 +1,9 @@
 """Whatever layout wrote a checkpoint, every rank of every other reads just what it holds, bit for bit."""
 
+import os
+import resource
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +159,57 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (folder / tensors.file_name(3)).unlink()
     with pytest.raises(MegalmError, match="weights-rank-00003.safetensors cannot be read"):
         dict(tensors.read_weights(folder, manifest))
+
+
+@pytest.fixture
+def few_files() -> Iterator[int]:
+    """A limit on open files that leaves this process about as many as it has."""
+    old = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = 2 * max(map(int, os.listdir("/proc/self/fd"))) + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, old[1]))
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, old)
+
+
+def test_more_files_than_may_be_open(tmp_path: Path, few_files: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    weights = writing.numbered({f"{number}": (few_files,) for number in range(8)})
+    whole = {name: {"weight": weight} for name, weight in weights.items()}
+    everyone = writing.ranks(whole, lambda name: 0, lambda name: 0, data=few_files)
+    folder, manifest = writing.save(tmp_path, everyone, {"pipeline": 1, "data": few_files, "tensor": 1})
+    assert len(tensors.weight_files(manifest)) == few_files
+    with Reader(folder, manifest) as reader, ThreadPoolExecutor(4) as pool:
+        for name, read in zip(3 * list(weights), pool.map(reader.whole, 3 * list(weights)), strict=True):
+            assert torch.equal(read, weights[name])
+    assert not any(str(folder) in os.path.realpath(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd"))
+
+
+def test_a_file_that_is_let_go_is_read_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the thread that has it, while others open theirs."""
+    monkeypatch.setattr(tensors, "_MOST_OPEN", 1)
+    folder, manifest = save(tmp_path, 1, 3, 1)
+    with Reader(folder, manifest) as reader:
+        held = reader._file(0, "weight")
+        reader.whole("head.weight")
+        assert reader._file(0, "weight") is not held
+        assert torch.equal(held.numbers("embedding.table.weight/weight/0/0", 0, 6), torch.arange(6) / 1024)
+
+
+def test_a_limit_on_files_is_no_damage(tmp_path: Path, few_files: int) -> None:
+    folder, manifest = save(tmp_path, 1, 1, 1)
+    held: list[int] = []
+    try:
+        while True:
+            held.append(os.open(folder, os.O_RDONLY))
+    except OSError:
+        with (
+            pytest.raises(MegalmError, match="too many files are open, raise the limit"),
+            Reader(folder, manifest) as reader,
+        ):
+            reader.whole("head.weight")
+    finally:
+        for each in held:
+            os.close(each)
 
 
 def test_a_snapshot_stays_while_training_goes_on(tmp_path: Path) -> None:
