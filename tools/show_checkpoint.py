@@ -59,6 +59,7 @@ def show_run(directory: Path, checksums: bool) -> dict[Path, list[str]]:
             manifest = manifests.read(folder)
         except MegalmError as error:
             print(f"  {step:>10} DAMAGED {error}")
+            faults[folder] = [getattr(error, "fault", str(error))]
             continue
         faults[folder] = manifests.faults(folder, manifest, manifest.files, checksums=checksums)
         remark = " (newest)" if folder == newest else ""

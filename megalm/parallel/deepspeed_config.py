@@ -42,6 +42,13 @@ OWNED = {
 }
 """Keys of DeepSpeed's config that megalm decides, and the megalm key that decides them."""
 
+REFUSED = {
+    "zero_optimization.round_robin_gradients": "DeepSpeed then keeps fp32 weights elsewhere than it says, and a "
+    "checkpoint would hold them under other names",
+    "zero_optimization.zero_hpz_partition_size": "DeepSpeed makes the groups of ranks for it once only",
+}
+"""Keys that do not work with the rest, and why."""
+
 
 def _merge(base: dict[str, Any], extra: dict[str, Any], path: str = "") -> dict[str, Any]:
     merged = dict(base)
@@ -49,6 +56,8 @@ def _merge(base: dict[str, Any], extra: dict[str, Any], path: str = "") -> dict[
         name = f"{path}{key}"
         if name in OWNED:
             raise ValueError(f"deepspeed.{name} is decided by megalm: set {OWNED[name]} instead")
+        if name in REFUSED:
+            raise ValueError(f"deepspeed.{name} cannot be used ({REFUSED[name]}): leave it out")
         if isinstance(value, dict):
             inner = merged.get(key)
             merged[key] = _merge(inner if isinstance(inner, dict) else {}, value, f"{name}.")
@@ -63,7 +72,7 @@ def _merge(base: dict[str, Any], extra: dict[str, Any], path: str = "") -> dict[
 
 
 def check_pass_through(extra: dict[str, Any]) -> None:
-    """Raise ValueError for a `deepspeed:` key that megalm owns."""
+    """Raise ValueError for a `deepspeed:` key that megalm owns, or that does not work."""
     _merge({}, extra)
 
 

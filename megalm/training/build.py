@@ -27,7 +27,7 @@ from megalm.nn.init import spec_of
 from megalm.nn.kernels import Requirements, Shape, fastest, measure, resolve, serving, traces
 from megalm.nn.loss import head_loss
 from megalm.nn.norm import resolve_norm
-from megalm.optim.adamw import MOMENTS, build_optimizer, resolve_implementation
+from megalm.optim.adamw import build_optimizer, resolve_implementation
 from megalm.optim.parameters import parameter_groups
 from megalm.parallel import deepspeed_config, engine, groups, pass_through
 from megalm.parallel import device as devices
@@ -244,7 +244,7 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
         built,
         lock=lock,
         saver=Saver(
-            sum(piece.count for piece in built.pieces(names)) * (1 + len(MOMENTS)),
+            resume.saved_numbers(((piece.name, piece.count) for piece in built.pieces(names)), config.tuning),
             pinned=device.type == "cuda" and not config.parallel.offload_optimizer,
             asynchronous=config.checkpoint.asynchronous,
         ),
@@ -254,6 +254,7 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
         loader=loader,
         facts=facts,
         whereabouts=whereabouts,
+        checkpoint_bytes=4 * resume.saved_numbers(sizes.items(), config.tuning),
         # In this order each step: judge, listen, measure, select, write down, save.
         callbacks=[
             anomalies,

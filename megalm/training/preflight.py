@@ -1,6 +1,7 @@
 """Before the first step, in seconds: whether all machines are fit for this run together. Every rank calls it."""
 
 import hashlib
+import math
 import shutil
 import socket
 import time
@@ -16,16 +17,16 @@ import torch.distributed as dist
 
 from megalm.config import dump
 from megalm.errors import MegalmError
+from megalm.models import tuning as tunings
 from megalm.parallel.groups import Groups
 from megalm.training.plan import Plan
+from megalm.training.resume import saved_numbers
 from megalm.training.whereabouts import Whereabouts
 
 CLOCKS = 5.0
 """Seconds by which clocks may differ; less cannot be told from how ranks leave a barrier."""
 SLOW = 2.0
 """A machine is named if its best time for the same work is so many times the median."""
-BYTES_PER_PARAMETER = 12
-"""Of a checkpoint."""
 PACKAGES = ("torch", "deepspeed", "megatron-core")
 
 
@@ -118,9 +119,11 @@ def _clocks(joined: Groups, hosts: list[str]) -> Iterator[str]:
 
 
 def _room(planned: Plan, joined: Groups) -> Iterator[str]:
-    directory = Path(planned.config.run.directory)
+    config = planned.config
+    directory = Path(config.run.directory)
     free = joined.decide(lambda: shutil.disk_usage(directory).free)
-    needed = planned.config.model.num_parameters() * BYTES_PER_PARAMETER
+    sizes = {name: math.prod(shape) for name, shape in tunings.shapes(config.model, config.tuning).items()}
+    needed = 4 * saved_numbers(sizes.items(), config.tuning)
     if free < 2 * needed:
         yield (
             f"{directory} has {free / 1e9:.1f} GB free and a checkpoint takes {needed / 1e9:.1f} GB: the next ones "

@@ -1,7 +1,7 @@
 """A run's state to and from its checkpoints."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,12 @@ from megalm.convert.sources import CheckpointSource, Source
 from megalm.errors import MegalmError
 from megalm.models import tuning as tunings
 from megalm.models.config import ModelConfig, TuningConfig
+from megalm.optim.adamw import MOMENTS
 from megalm.parallel.state import WEIGHT, Piece
 from megalm.sft.config import TaskConfig
 from megalm.training.config import RunConfig
 from megalm.training.plan import Plan
 from megalm.training.run import Run
-
-BYTES_PER_PARAMETER = 12
-"""fp32 master weight and two moments."""
 
 _SAME = (
     ("model", "it would be another model"),
@@ -111,6 +109,12 @@ def check(manifest: Manifest, plan: Plan, name: str) -> None:
             )
 
 
+def saved_numbers(sizes: Iterable[tuple[str, int]], tuning: TuningConfig) -> int:
+    """fp32 numbers that a checkpoint holds of parameters or parts of them, by (full name, size): weights, and moments
+    where they are trained."""
+    return sum(size * (1 + len(MOMENTS) * tunings.is_trained(name, tuning)) for name, size in sizes)
+
+
 def save(run: Run, *, wait: bool) -> None:
     """Write RUN/checkpoints/step-N, beside the training that goes on unless `wait`. Every rank calls it.
 
@@ -142,7 +146,7 @@ def save(run: Run, *, wait: bool) -> None:
             keep_last=config.keep_last,
             keep_every=config.keep_every,
             best=best,
-            needed=run.engine.num_parameters * BYTES_PER_PARAMETER,
+            needed=run.checkpoint_bytes,
         )
 
     run.saver.save(run.engine.pieces(run.layer_names), rank, run.engine.weight_dtype, write)

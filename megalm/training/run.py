@@ -45,11 +45,11 @@ class Callback:
 @dataclass
 class Run:
     """layer_names: of the whole model, in order. held_out: this rank's micro-batches per corpus. facts: what
-    was chosen for this run, for its log. beside: all ranks, for the saver's thread. step: optimizer steps done. tokens:
-    trained tokens so far. sample_ids: of this rank's micro-batches in the newest step. stop: an exit code once the run
-    should end. blocked: seconds the newest save held up training. failed_saves: checkpoints that could not be
-    written. full: whether the disk was, when records were written. best: step of the best evaluation so far, whose
-    checkpoint is kept, where evaluate.keep_best says so."""
+    was chosen for this run, for its log. beside: all ranks, for the saver's thread. checkpoint_bytes: of one
+    checkpoint's tensors. step: optimizer steps done. tokens: trained tokens so far. sample_ids: of this rank's
+    micro-batches in the newest step. stop: an exit code once the run should end. blocked: seconds the newest save held
+    up training. failed_saves: checkpoints that could not be written. full: whether the disk was, when records were
+    written. best: step of the best evaluation so far, whose checkpoint is kept, where evaluate.keep_best says so."""
 
     plan: Plan
     groups: Groups
@@ -63,6 +63,7 @@ class Run:
     loader: Loader
     facts: dict[str, str]
     whereabouts: Whereabouts
+    checkpoint_bytes: int = 0
     step: int = 0
     tokens: int = 0
     data_state: dict[str, Any] = field(default_factory=dict)

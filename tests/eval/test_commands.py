@@ -159,6 +159,17 @@ def test_show_checkpoint(run: Path, make_model: Callable[..., tuple]) -> None:
     assert [float(number) for number in embedding[5:8]] == pytest.approx([x.item() for x in expected], rel=5e-3)
 
 
+def test_a_damaged_manifest_is_a_fault(
+    tmp_path: Path, make_model: Callable[..., tuple], make_checkpoint: Callable[..., Path], tokenizer_path: Path
+) -> None:
+    """Although another checkpoint is the newest."""
+    old, _ = (make_checkpoint(tmp_path / "checkpoints", *make_model(), tokenizer_path, step=step) for step in (10, 20))
+    manifest = old / manifests.NAME
+    manifest.write_text(manifest.read_text().replace('"step": 10', '"step": 11', 1))
+    code, out, err = command("show_checkpoint", tmp_path, "--verify")
+    assert code == 2 and "DAMAGED" in out and "manifest.json was altered" in err, err
+
+
 def test_show_checkpoint_names_what_is_damaged(
     tmp_path: Path,
     make_model: Callable[..., tuple],

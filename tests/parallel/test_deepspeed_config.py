@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megalm.parallel.config import ParallelConfig
-from megalm.parallel.deepspeed_config import OWNED, check_pass_through, derive
+from megalm.parallel.deepspeed_config import OWNED, REFUSED, check_pass_through, derive
 from tests.distributed.ranks import run_ranks
 
 
@@ -99,6 +99,13 @@ def test_owned_keys_are_refused_wherever_they_are_nested(key: str) -> None:
     for check in (check_pass_through, lambda extra: derived("fp16", extra)):
         with pytest.raises(ValueError, match=rf"^deepspeed\.{key} is decided by megalm: set {OWNED[key]} instead$"):
             check(extra)
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_keys_that_do_not_work_are_refused_with_the_reason(key: str) -> None:
+    section, name = key.split(".")
+    with pytest.raises(ValueError, match=rf"^deepspeed\.{key} cannot be used \({REFUSED[key]}\): leave it out$"):
+        check_pass_through({section: {name: 2}})
 
 
 @pytest.mark.parametrize("value", [3, None, True, "auto"])

@@ -135,7 +135,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def _unprepared(run: Any) -> None:
     """Somebody else fills the disk after room was measured."""
-    run.engine.num_parameters = 0
+    run.checkpoint_bytes = 0
 
 
 @pytest.mark.parametrize("measured", [True, False])
@@ -152,6 +152,14 @@ def test_a_disk_that_is_really_full(settings: Settings, small_disk: Path, measur
     kept = checkpoints.newest(small_disk / "checkpoints")
     assert kept is not None
     checkpoints.verify(kept, checkpoints.Alone())
+
+
+def test_a_run_without_any_record_ends_well(settings: Settings) -> None:
+    """There is nothing to draw then."""
+    tree = settings()
+    never = NoRecordsAt(*range(9))
+    assert run_ranks(1, partial(train_run, sabotage=never, picture=True), tree) == [0]
+    assert "curve:" not in said(tree)
 
 
 def test_training_goes_on_without_records_and_writes_them_later(settings: Settings) -> None:

@@ -142,6 +142,16 @@ def test_a_run_stops_at_a_step_that_is_not_a_number(settings: Settings) -> None:
     assert re.search(r"step 6: .* \(not finite\); stopped before the update \(train.on_nan=stop\)", said)
 
 
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_run_that_stops_saves_nothing_behind_what_stopped_it(settings: Settings, step: int) -> None:
+    """Neither at a step that is saved nor at the last one: started again unchanged, it stops again."""
+    tree = settings()
+    for started in (0, step - 4):
+        assert run_ranks(1, partial(train_run, sabotage=NaNAt(step - 1 - started)), tree) == [3]
+        assert checkpoints.steps(Path(tree["run"]["directory"]) / "checkpoints") == list(range(4, step, 4))
+    assert run_ranks(1, train_run, tree) == [0]
+
+
 def test_a_spike_rolls_back_and_goes_past_its_samples(settings: Settings) -> None:
     tree = merged(settings(), train={"steps": 30, "on_spike": "rollback"}, schedule={"total_steps": 30})
     assert run_ranks(2, partial(train_run, sabotage=NaNAt(25, factor=1e4)), tree) == [0, 0]

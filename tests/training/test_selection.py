@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,9 +78,32 @@ def test_patience_counts_evaluations_not_steps() -> None:
     selection, run = Selection(EvaluateSection(patience=2)), StandIn()
     evaluate(selection, run, 1.0)
     selection.after_step(run, {"step": 7})  # type: ignore[arg-type]
-    selection.after_step(run, {"step": 7, "held_out": {"a": 5.0}, "rolled_back": True})  # type: ignore[arg-type]
     assert "stopped_early" not in evaluate(selection, run, 2.0) and run.stop is None
     assert evaluate(selection, run, 2.0)["stopped_early"] and run.stop == DONE
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_rollback_takes_evaluations_back(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come again; those of a course that the run has left are no reason to stop, and its best is gone."""
+    selection, run = Selection(EvaluateSection(patience=4, keep_best=kept)), StandIn()
+    evaluate(selection, run, 2.0)
+    evaluate(selection, run, 3.0)
+    saved = {"Selection": selection.state()}
+    manifests = {"nowhere/checkpoints/step-2": SimpleNamespace(trainer=saved)}
+    monkeypatch.setattr(checkpoints, "read", lambda folder: manifests[str(folder).removeprefix(f"{Path.cwd()}/")])
+    for course in (4.0, 1.0):
+        evaluate(selection, run, course)
+        evaluate(selection, run, 5.0)
+        run.step = 2
+        record = {"step": 5, "held_out": {"a": 9.0}, "rolled_back": True}
+        selection.after_step(run, record)  # type: ignore[arg-type]
+        assert "selection" not in record and run.stop is None
+    assert run.best == (1 if kept else None)
+    assert evaluate(selection, run, 1.5)["selection"] == {"value": 1.5, "best": 1.5, "best_step": 3, "since": 0}
+    saved.clear()
+    run.step = 2
+    selection.after_step(run, {"step": 3, "rolled_back": True})  # type: ignore[arg-type]
+    assert run.best is None and evaluate(selection, run, 7.0)["selection"]["best"] == 7.0
 
 
 @pytest.mark.parametrize(("stop", "step", "expected"), [(PREEMPTED, 5, DONE), (ANOMALY, 5, ANOMALY), (None, 99, None)])

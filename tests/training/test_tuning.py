@@ -110,3 +110,24 @@ def test_another_tuning_is_another_run(corpus: Path, tmp_path: Path) -> None:
         check("lora", rank=4)
     with pytest.raises(MegalmError, match="tuning.method=lora"):
         check("dora")
+
+
+def saved_sizes(tree: dict[str, Any]) -> tuple[int, int, int]:
+    """Of a run on this rank: bytes that a checkpoint is said to take, bytes of its tensors' files, bytes of all copies
+    that this rank keeps of them."""
+    found = []
+
+    def look(run: Any) -> None:
+        found.append(run)
+
+    train_run(tree, sabotage=look)
+    [run] = found
+    files = sum(path.stat().st_size for path in (run.directory / "checkpoints" / "step-8").glob("*.safetensors"))
+    return run.checkpoint_bytes, files, 4 * run.saver._numbers
+
+
+@pytest.mark.parametrize("tuning", [{}, {"method": "lora"}, {"freeze": ["embedding.*", "blocks.0.*"]}], ids=str)
+def test_what_is_not_trained_takes_a_third_of_the_room(tuning: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+    tree = tree_of(corpus, tmp_path / "run", tuning=tuning)
+    [(needed, files, copies)] = run_ranks(1, saved_sizes, tree)
+    assert needed == copies and needed <= files < needed + 30_000, "names and shapes stand in the files too"

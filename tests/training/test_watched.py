@@ -95,6 +95,15 @@ def test_nine_tenths_of_the_steps_are_no_slower_than_the_slowest(tmp_path: Path)
         assert event["p50"][0] <= event["p90"][0] <= event["max"][0]
 
 
+@pytest.mark.parametrize(("every", "size"), [(0, 2), (1000, 1)])
+def test_ranks_that_are_not_compared_leave_nothing_behind(every: int, size: int) -> None:
+    run: Any = SimpleNamespace(groups=SimpleNamespace(size=size))
+    stragglers = Stragglers(every)
+    for _ in range(3):
+        stragglers.after_step(run, {"own_seconds": 1.0})
+    assert stragglers._seconds == []
+
+
 def test_whereabouts_overwrite_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FILE, str(tmp_path / "where"))
     where = Whereabouts.of_environment()

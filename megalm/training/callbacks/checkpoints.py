@@ -4,7 +4,7 @@ too many evaluations without progress end it."""
 from typing import Any
 
 from megalm.training.resume import save, settle
-from megalm.training.run import DONE, PREEMPTED, Callback, Run
+from megalm.training.run import ANOMALY, DONE, PREEMPTED, Callback, Run
 
 
 class Checkpoints(Callback):
@@ -15,6 +15,7 @@ class Checkpoints(Callback):
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
         due = (run.due(self._every) or run.best == run.step) and not record.get("rolled_back")
+        due = due and run.stop != ANOMALY  # whoever starts it again unchanged is to meet the same samples
         ends = run.stop in (DONE, PREEMPTED)
         if due or ends:
             save(run, wait=run.is_last_step or ends)

@@ -8,7 +8,7 @@ import torch
 from megalm.metrics import flops
 from megalm.metrics.config import LoggingConfig
 from megalm.metrics.meters import format_bytes, resident_memory
-from megalm.metrics.sinks import Sink, open_sinks
+from megalm.metrics.sinks import JsonlSink, Sink, open_sinks
 from megalm.training.run import Callback, Run
 
 DRAWING = 0.01
@@ -55,6 +55,8 @@ class Metrics(Callback):
         self._seconds += record.pop("seconds")
         if record.get("rolled_back"):
             self._seconds, self._tokens = 0.0, run.tokens
+            for sink in self._sinks:
+                run.attempt(sink.rewind, run.step)
             return
         evaluated = "held_out" in record or "scores" in record
         rare = evaluated or not record["applied"] or run.stop is not None
@@ -67,10 +69,10 @@ class Metrics(Callback):
         if run.failed_saves:
             record["failed_saves"] = run.failed_saves
         for sink in self._sinks:
-            run.attempt(sink.write, record)
-        self._written = True
+            written = run.attempt(sink.write, record)
+            self._written |= written and isinstance(sink, JsonlSink)
         self._seconds, self._tokens = 0.0, run.tokens
-        if evaluated and time.monotonic() >= self._next_drawing:
+        if evaluated and self._written and time.monotonic() >= self._next_drawing:
             run.attempt(self._draw, run)
 
     def on_end(self, run: Run) -> None:

@@ -41,6 +41,8 @@ class Selection(Callback):
             run.stop = DONE
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
+        if record.get("rolled_back"):
+            self._go_back(run)
         if record.get("rolled_back") or not {"held_out", "scores"} & set(record):
             return
         value = run.groups.decide(lambda: self._value(run, record))  # scores may be one rank's only
@@ -54,6 +56,15 @@ class Selection(Callback):
         if self._exhausted and not run.is_last_step and run.stop in (None, PREEMPTED):
             run.stop = DONE
             record["stopped_early"] = True
+
+    def _go_back(self, run: Run) -> None:
+        """To what the checkpoint says that the run was rolled back to: evaluations since then come again."""
+        folder = directory(run.config) / f"step-{run.step}"
+        state = run.groups.decide(lambda: checkpoints.read(folder).trainer.get(type(self).__name__))
+        self._best, self._step, self._since = None, 0, 0
+        if state:
+            self.restore(state)
+        run.best = self._step if self._config.keep_best and self._best is not None else None
 
     def on_end(self, run: Run) -> None:
         if not run.is_main or not (run.stop == DONE or (run.stop is None and run.is_last_step)):

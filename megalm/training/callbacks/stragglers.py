@@ -24,8 +24,11 @@ class Stragglers(Callback):
         self._seconds: list[float] = []
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
-        self._seconds.append(record.pop("own_seconds"))
-        if not self._every or run.groups.size == 1 or not run.due(self._every):
+        own = record.pop("own_seconds")
+        if not self._every or run.groups.size == 1:
+            return
+        self._seconds.append(own)
+        if not run.due(self._every):
             return
         # The first step of a process is not like the others.
         seconds, self._seconds = self._seconds[1:] or self._seconds, self._seconds[:1]
