@@ -5,6 +5,7 @@ the next global_batch_size of them; data-parallel rank r of R takes every R-th f
 remember is therefore one number.
 """
 
+import json
 import queue
 import threading
 import weakref
@@ -129,7 +130,14 @@ class Loader:
         self.close()
 
     def _differences(self, state: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
-        """Allowed keys in which the state's blend is another. Raises MegalmError for others."""
+        """Allowed keys in which the state's blend is another. Raises MegalmError for others, and for other classes."""
+        labels = state["blend"].get("labels")
+        if labels and labels != self.blend.get("labels"):
+            raise MegalmError(
+                f"cannot continue at sample {state['samples']:,}: the classes are no longer those that the head was "
+                f"trained on (now {json.dumps(self.blend.get('labels'), ensure_ascii=False)}); name them in "
+                f"task.labels in the old order, {json.dumps(labels, ensure_ascii=False)}, or start a new run"
+            )
         found = []
         for key, (what, name) in _TOLD.items():
             then, now = state["blend"].get(key), self.blend.get(key)

@@ -22,6 +22,9 @@ class Sink(Protocol):
 
     def write(self, record: Record) -> None: ...
 
+    def rewind(self, step: int) -> None:
+        """Forget what was written of later steps, as far as that can be."""
+
     def close(self) -> None: ...
 
 
@@ -46,38 +49,48 @@ class JsonlSink:
     """metrics.jsonl, the one true curve of a run.
 
     Records after resumed_step (of steps that were not saved) and a line cut short by a crash are taken out at the
-    start. Each record is on its way to the disk when `write` returns; what a full disk did not take follows with the
-    next one.
+    start. Each record is on its way to the disk when `write` returns; what a full disk did not take, a rewind too,
+    follows with the next one.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0):
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._last = 0
-        self._waiting = b""
+        self._waiting: list[tuple[int, int, bytes]] = []
+        """(last step to keep, last step there is then, what is left of the line to add)"""
         self._file: BinaryIO | None = None
         self._rewind(resumed_step)
 
     def write(self, record: Record) -> None:
         """Raises OSError if the disk does not take it now."""
-        line = (write_record(record) + "\n").encode()
-        if record["step"] <= self._last:
-            self._flush()
-            self._rewind(record["step"] - 1)
-        self._waiting += line
-        self._last = record["step"]
+        self._waiting.append((record["step"] - 1, record["step"], (write_record(record) + "\n").encode()))
+        self._flush()
+
+    def rewind(self, step: int) -> None:
+        """Raises OSError if the disk does not take it now."""
+        self._waiting.append((step, step, b""))
         self._flush()
 
     def close(self) -> None:
         """Raises OSError if the disk does not take what is left."""
         assert self._file
-        with self._file:
+        try:
             self._flush()
+        finally:
+            self._file.close()
 
     def _flush(self) -> None:
-        assert self._file
         while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
+            kept, last, line = self._waiting[0]
+            if kept < self._last:
+                self._rewind(kept)
+            assert self._file
+            while line:
+                line = line[self._file.write(line) :]
+                self._waiting[0] = kept, last, line
+            self._last = last
+            del self._waiting[0]
 
     def _rewind(self, step: int) -> None:
         """Keep the records up to `step`; a crash on the way leaves the old file or the new one."""
@@ -133,6 +146,9 @@ class ConsoleSink:
             said = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
             self.say(f"step {self._last} scores of {corpus}  {said}")
 
+    def rewind(self, step: int) -> None:
+        """What was said stays."""
+
     def say(self, text: str) -> None:
         """Print one line; a bar stays below it."""
         if self._bar is None:
@@ -167,11 +183,11 @@ class ConsoleSink:
 class WandbSink:
     """Weights & Biases. The run's id is kept in the run folder, so that a resumed run continues its own page.
 
-    Steps that a resumed run takes again are drawn again: wandb cannot take records back.
+    Steps that a run takes again, resumed or rolled back, are drawn again: wandb cannot take records back.
     """
 
     def __init__(self, config: WandbConfig, directory: Path, run_config: dict[str, Any]):
-        """Raises MegalmError when the package is missing."""
+        """Raises MegalmError when the package is missing, or when wandb does not open the run."""
         try:
             import wandb
         except ImportError as error:
@@ -183,20 +199,30 @@ class WandbSink:
         id_file = directory / "wandb-id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8] + "\n")
-        self._run = wandb.init(
-            project=config.project,
-            name=config.name or directory.resolve().name,
-            entity=config.entity,
-            id=id_file.read_text().strip(),
-            resume="allow" if config.mode == "online" else None,  # offline, `wandb sync` joins the parts by their id
-            mode=config.mode,  # type: ignore[arg-type]
-            dir=directory,
-            config=run_config,
-        )
+        try:
+            self._run = wandb.init(
+                project=config.project,
+                name=config.name or directory.resolve().name,
+                entity=config.entity,
+                id=id_file.read_text().strip(),
+                # offline, `wandb sync` joins the parts by their id
+                resume="allow" if config.mode == "online" else None,
+                mode=config.mode,  # type: ignore[arg-type]
+                dir=directory,
+                config=run_config,
+            )
+        except wandb.errors.Error as error:
+            raise MegalmError(
+                f"logging.wandb.mode is {config.mode}, but wandb does not open the run ({error}): run wandb login, or "
+                "set logging.wandb.mode to offline"
+            ) from error
         self._run.define_metric("*", step_metric="step")
 
     def write(self, record: Record) -> None:
         self._run.log(flatten(record))
+
+    def rewind(self, step: int) -> None:
+        """Nothing can be taken back."""
 
     def close(self) -> None:
         self._run.finish()
@@ -214,12 +240,18 @@ class TensorboardSink:
                 "logging.tensorboard is true, but the package tensorboard is not installed: "
                 "pip install 'megalm[tensorboard]', or set logging.tensorboard to false"
             ) from error
-        self._writer = SummaryWriter(str(directory), purge_step=resumed_step + 1 if resumed_step else None)
+        # also in a run at its start, whose folder may hold steps from before its first checkpoint
+        self._open = lambda step: SummaryWriter(str(directory), purge_step=step + 1)
+        self._writer = self._open(resumed_step)
 
     def write(self, record: Record) -> None:
         for key, value in flatten(record).items():
             if key != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(key, value, record["step"])
+
+    def rewind(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._open(step)
 
     def close(self) -> None:
         self._writer.close()

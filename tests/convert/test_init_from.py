@@ -167,6 +167,26 @@ def test_other_weights_and_ids_are_refused(corpus: Path, origin: Path, tokenizer
         open_start(step, longer, tokenizer, ["model.max_position_embeddings"])
 
 
+def test_a_head_keeps_its_classes(tokenizer_path: Path, tmp_path: Path) -> None:
+    """Of a checkpoint, of a Hugging Face folder and of one that was imported; a head without names takes any."""
+    model, config = models.build(**SHAPE, head="sequence_classification", num_labels=3)
+    tokenizer, names = load(tokenizer_path), ["no", "perhaps", "yes"]
+    for folder, blend in ((tmp_path / "named", {"labels": names}), (tmp_path / "unnamed", {})):
+        step = models.checkpoint(folder, model, config, tokenizer_path, blend=blend)
+        to_hf(step, folder / "hf", verify=False)
+        from_hf(folder / "hf", folder / "imported", verify=False)
+        for source in (step, folder / "hf", folder / "imported"):
+            open_start(source, config, tokenizer, [], names)
+            for other in (["perhaps", "yes", "no"], ["no", "often", "yes"]):
+                if not blend:
+                    open_start(source, config, tokenizer, [], other)
+                    continue
+                with pytest.raises(MegalmError, match=r'in the old order, \["no", "perhaps", "yes"\], or start from'):
+                    open_start(source, config, tokenizer, [], other)
+    base = models.checkpoint(tmp_path / "base", *models.build(**SHAPE), tokenizer_path)
+    open_start(base, config, tokenizer, [], names)
+
+
 def test_the_key_is_a_key_of_the_config(corpus: Path, tmp_path: Path, origin: Path) -> None:
     made = RunConfig.model_validate(tree(corpus, tmp_path, origin / "hf"))
     assert json.loads(made.model_dump_json())["model"]["init_from"] == str(origin / "hf")

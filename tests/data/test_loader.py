@@ -1,6 +1,7 @@
 """The loader against an obvious reference: the whole order in a list, cut into ranks and steps."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -215,6 +216,28 @@ def test_unshuffled_is_the_order_of_the_shards(folder: Path, tokenizer: Tokenize
     batches, _ = next(make(config, tokenizer, micro_batch_size=48))
     flat = ShardReader(folder).tokens(0, 48 * LENGTH)
     np.testing.assert_array_equal(batches[0].tokens.ravel(), flat)
+
+
+def test_the_classes_of_a_head_never_change(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Whatever is allowed; a run that kept none goes on."""
+    samples = Windows(config.sources, tokenizer, LENGTH)
+    samples.facts |= {"labels": ["b", "c"]}
+
+    def resume(labels: list[str] | None) -> Loader:
+        state = {"samples": 48, "blend": loader.blend | {"labels": labels}}
+        allowed = ["data.sources", "task.labels"]
+        return Loader(samples, **settings, state=state, allowed=allowed)
+
+    settings: dict[str, Any] = {"rank": 0, "size": 1, "global_batch_size": 48, "micro_batch_size": 1, "seed": 1}
+    with Loader(samples, **settings) as loader:
+        for labels in (["a", "b"], ["c", "b"]):
+            with pytest.raises(
+                MegalmError, match=rf"task.labels in the old order, {re.escape(json.dumps(labels))}, or"
+            ):
+                resume(labels)
+        for kept in (None, [], ["b", "c"]):
+            with resume(kept) as again:
+                assert not again.restarted
 
 
 @pytest.mark.parametrize("change", ["seed", "sequence_length", "shuffle", "weights", "corpus", "tokenizer"])

@@ -2,9 +2,11 @@ import errno
 import io
 import json
 import math
+import resource
 import struct
 import sys
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +31,17 @@ def write(path, first: int, last: int, resumed_step: int = 0) -> None:
     for step in range(first, last + 1):
         sink.write(record(step))
     sink.close()
+
+
+def with_full_disk(write: Callable[[], None]) -> None:
+    """No file can grow beyond ten bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 class TestJsonl:
@@ -96,6 +109,35 @@ class TestJsonl:
         sink.write(record(5))
         sink.close()
         assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+    def test_a_rewind_takes_out_what_was_written_of_later_steps(self, tmp_path):
+        path = tmp_path / "metrics.jsonl"
+        sink = JsonlSink(path)
+        for step in (3, 6):
+            sink.write(record(step))
+        sink.rewind(5)
+        assert steps(path) == [3]
+        sink.rewind(5)
+        sink.write(record(9))
+        sink.close()
+        assert steps(path) == [3, 9]
+
+    @pytest.mark.parametrize("told", [True, False])
+    def test_a_rewind_on_a_full_disk_follows_later(self, tmp_path, told):
+        """told: by rewind(), and not only by a step that comes again."""
+        path = tmp_path / "metrics.jsonl"
+        sink = JsonlSink(path)
+        for step in (3, 6):
+            sink.write(record(step, course="left"))
+        before = path.read_bytes()
+        if told:
+            with_full_disk(lambda: sink.rewind(5))
+        for step in (6, 9):
+            with_full_disk(lambda step=step: sink.write(record(step)))
+        assert path.read_bytes() == before
+        sink.write(record(12))
+        sink.close()
+        assert list(read_records(path)) == [record(3, course="left"), *map(record, (6, 9, 12))]
 
     def test_a_number_that_is_not_finite_is_null(self, tmp_path):
         sink = JsonlSink(tmp_path / "metrics.jsonl")
@@ -189,6 +231,42 @@ def test_tensorboard_reads_what_was_written_and_forgets_purged_steps(tmp_path):
         (step, pytest.approx(1 / step)) for step in (1, 2, 3)
     ]
     assert [event.value for event in reader.Scalars("held_out/web")] == [0.0, 0.0, 2.0]
+
+
+def test_tensorboard_forgets_a_run_killed_before_its_first_checkpoint_and_a_course_rolled_back(tmp_path):
+    for course in ((1, 2, 3, 4, 5), (1, 2, 3)):
+        sink = TensorboardSink(tmp_path)
+        for step in course:
+            sink.write(record(step))
+        sink.close()
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")] == [1, 2, 3]
+    sink = TensorboardSink(tmp_path, 2)
+    for step in (3, 6):
+        sink.write(record(step))
+    sink.rewind(4)
+    sink.write(record(9))
+    sink.close()
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")] == [1, 2, 3, 9]
+
+
+def test_every_sink_takes_a_rewind(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = LoggingConfig(tensorboard=True, wandb=WandbConfig(mode="offline"))
+    sinks = open_sinks(config, tmp_path, total_steps=5, resumed_step=0, run_config={})
+    assert len(sinks) == 4
+    for sink in sinks:
+        sink.write(record(2))
+        sink.rewind(1)
+        sink.write(record(3))
+        sink.close()
+
+
+def test_wandb_without_a_login_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with pytest.raises(MegalmError, match=r"wandb login, or set logging.wandb.mode to offline$"):
+        WandbSink(WandbConfig(mode="online"), tmp_path / "run", {})
 
 
 @pytest.mark.parametrize(

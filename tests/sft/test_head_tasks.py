@@ -24,7 +24,7 @@ from megalm.tokenizer.base import Tokenizer
 from megalm.tokenizer.load import load
 from megalm.tokenizer.train import train as train_tokenizer
 from megalm.training.config import RunConfig
-from tests.distributed.ranks import Pool
+from tests.distributed.ranks import Pool, RankFailed, run_ranks
 from tests.training.runs import train_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -196,6 +196,18 @@ def test_a_model_learns_each_task(name: str, tmp_path: Path, tokenizer_path: Pat
     assert kept is not None and (kept.step, kept.kind) == (record["step"], tree["task"]["kind"])
     [said] = kept.corpora.values()
     assert len(said) > 30 and all(each.file == tree["data"]["held_out"][0]["path"] and each.row for each in said)
+
+
+def test_new_rows_do_not_renumber_the_classes_of_a_run(tmp_path: Path, tokenizer_path: Path) -> None:
+    """As many classes, one of which sorts elsewhere by its new name."""
+    tree = config("text_classification", tmp_path, tokenizer_path, 2, schedule={"warmup_steps": 1, "total_steps": 3})
+    assert run_ranks(1, train_run, tree) == [0]
+    for name in ("train", "held_out"):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        write(tmp_path / f"{name}.jsonl", [row | {"label": row["label"].replace("red", "a red")} for row in rows])
+    tree["train"]["steps"], tree["checkpoint"] = 3, {"allow_changes": ["data.sources"]}
+    with pytest.raises(RankFailed, match=r'in the old order, \["blue", "green", "grey", "red"\], or start a new run'):
+        run_ranks(1, train_run, tree)
 
 
 # ---- rows to examples, logits to answers ----
