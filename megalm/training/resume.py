@@ -42,10 +42,10 @@ _SAME = (
 _FREE = {
     "model": ("attention_backend", "norm_implementation", "init_from"),
     "tuning": ("layer_decay", "body_rate", "head_first_steps"),
-    "task": ("none_label", "longest_answer"),
+    "task": ("none_label", "longest_answer", "labels"),
 }
 """Of sections, keys that say how, not what, the model computes and where it once started; as those of the optimizer,
-how fast it learns; and how answers are scored."""
+how fast it learns; how answers are scored; and names of classes, which the loader compares as they are found."""
 _ABSENT: dict[str, Any] = {"tuning": {}, "train.fp8": False}
 """What checkpoints of versions that did not know a key were trained with."""
 _DEFAULTS = {"model": ModelConfig(), "tuning": TuningConfig(), "task": TaskConfig()}
@@ -195,7 +195,8 @@ def open_start(plan: Plan) -> Source | None:
     if config.model.init_from is None:
         return None
     path = Path(config.model.init_from)
-    return start.open_start(path, config.model, plan.tokenizer, config.checkpoint.allow_changes)
+    labels = plan.task.facts.get("labels", ()) if plan.task else ()
+    return start.open_start(path, config.model, plan.tokenizer, config.checkpoint.allow_changes, labels)
 
 
 @torch.no_grad()

@@ -208,6 +208,15 @@ def test_new_rows_do_not_renumber_the_classes_of_a_run(tmp_path: Path, tokenizer
     tree["train"]["steps"], tree["checkpoint"] = 3, {"allow_changes": ["data.sources"]}
     with pytest.raises(RankFailed, match=r'in the old order, \["blue", "green", "grey", "red"\], or start a new run'):
         run_ranks(1, train_run, tree)
+    run = tree["run"]["directory"]
+    other = tree | {"run": {"directory": f"{run}-2"}, "model": tree["model"] | {"init_from": run}}
+    with pytest.raises(RankFailed, match=r'\["blue", "green", "grey", "red"\]'):
+        run_ranks(1, train_run, other)
+    for name in ("train", "held_out"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(path.read_text().replace("a red", "red"))
+    named = {"task": tree["task"] | {"labels": ["blue", "green", "grey", "red"]}}
+    assert run_ranks(1, train_run, other | named) == run_ranks(1, train_run, tree | named) == [0]
 
 
 # ---- rows to examples, logits to answers ----
