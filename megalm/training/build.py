@@ -195,7 +195,7 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
             return None, None, None
         manifest = checkpoints.read(found)
         resume.check(manifest, planned, str(found))
-        return found, manifest.data, manifest.config["model"]["attention_backend"]
+        return found, manifest.data, manifest.config["model"].get("attention_backend")
 
     found, state, attention = joined.decide(begin)
     fitness = preflight.examine(planned, joined, device, whereabouts) if config.run.preflight else None
