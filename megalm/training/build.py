@@ -203,7 +203,7 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
         whereabouts.note("trying torch.compile")
         planned = _without_broken_compiler(planned, joined, devices.compiler_problem(device))
     whereabouts.note("measuring attention kernels")
-    config, measured = choose_attention(config, joined, device, attention)
+    config, measured = choose_attention(planned.config, joined, device, attention)
     planned = replace(planned, config=config)
     whereabouts.note("predicting the memory of a step")
     planned, recompute, predicted = _with_recompute(planned, joined, device, devices.memory(device))

@@ -121,3 +121,23 @@ def test_a_whole_run_computes_with_one_kernel(settings: Settings) -> None:
     said = (folder / "said.txt").read_text()
     assert f"flash2{MEASURED}" in said and "flash2; as until now" in said and "attention_backend:" not in said
     assert curve(stopped) == curve(whole)
+
+
+def run_without_a_compiler(tree: dict[str, Any]) -> int:
+    """On a rank: a run as on a GPU, where train.compile `auto` compiles, but for which nothing can be compiled."""
+    from megalm.parallel import device
+    from megalm.training.config import RunConfig
+
+    with pytest.MonkeyPatch.context() as patch, kernels_that_take(TIMES):
+        patch.setattr(RunConfig, "compiles", lambda self, device: self.train.compile is not False)
+        patch.setattr(device, "compiler_problem", lambda device: "there is none")
+        return train_run(tree)
+
+
+def test_the_choice_keeps_what_was_settled_before_it(settings: Settings) -> None:
+    tree = settings(train={"compile": "auto"})
+    assert run_ranks(1, run_without_a_compiler, tree) == [0]
+    folder = Path(tree["run"]["directory"])
+    saved = manifests.read(folder / "checkpoints" / "step-8").config
+    assert (saved["train"]["compile"], saved["model"]["attention_backend"]) == (False, "flash2")
+    assert "compiled" not in (folder / "said.txt").read_text()
