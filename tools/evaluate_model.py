@@ -233,7 +233,7 @@ def with_other_tasks(kept: dict[str, Any], output: Path) -> dict[str, Any]:
         before = json.loads(output.read_text(encoding="utf-8"))
         if before["checkpoint"]["fingerprint"] != kept["checkpoint"]["fingerprint"]:
             return kept
-        return kept | {key: before[key] | kept[key] for key, value in kept.items() if key in BY_TASK}
+        return kept | {key: before[key] | kept[key] for key in BY_TASK}
     except (OSError, ValueError, KeyError, TypeError):  # there is nothing, or nothing of ours
         return kept
 

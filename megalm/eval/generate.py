@@ -85,8 +85,8 @@ class Generation:
     """Rows of ids that grow by one id a step, each until it ends.
 
     Each row draws from a stream of its own, number n from that of seed `seed` + n, or of the n-th of several: it says
-    what it says alone, whoever is beside it
-    (a batch's matrix products may still round otherwise, and tip the balance between two equally likely tokens).
+    what it says alone, whoever is beside it (a batch's matrix products may still round otherwise, and tip the balance
+    between two equally likely tokens).
     """
 
     def __init__(

@@ -121,9 +121,13 @@ def _clocks(joined: Groups, hosts: list[str]) -> Iterator[str]:
 def _room(planned: Plan, joined: Groups) -> Iterator[str]:
     config = planned.config
     directory = Path(config.run.directory)
-    free = joined.decide(lambda: shutil.disk_usage(directory).free)
-    sizes = {name: math.prod(shape) for name, shape in tunings.shapes(config.model, config.tuning).items()}
-    needed = 4 * saved_numbers(sizes.items(), config.tuning)
+
+    def look() -> tuple[int, int]:
+        shapes = tunings.shapes(config.model, config.tuning)
+        sizes = ((name, math.prod(shape)) for name, shape in shapes.items())
+        return shutil.disk_usage(directory).free, 4 * saved_numbers(sizes, config.tuning)
+
+    free, needed = joined.decide(look)
     if free < 2 * needed:
         yield (
             f"{directory} has {free / 1e9:.1f} GB free and a checkpoint takes {needed / 1e9:.1f} GB: the next ones "
