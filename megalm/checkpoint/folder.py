@@ -282,7 +282,9 @@ def go_back(directory: Path, folder: Path) -> Path:
         shutil.rmtree(left, ignore_errors=True)
         path.rename(left)
     _note(directory / LATEST, folder.name)
+    sync(directory)  # a power cut must not leave the note that it is done without what was done
     _note(directory / WENT_BACK, told.name)
+    sync(directory)
     return folder
 
 

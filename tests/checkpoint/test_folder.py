@@ -337,6 +337,32 @@ def test_everything_is_on_disk_before_it_counts(tmp_path: Path, monkeypatch: pyt
     assert tmp_path.stat().st_ino in synced
 
 
+def test_going_back_is_on_disk_before_the_note_that_it_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without that, a power cut could leave the note alone, and the run would go on from where it was."""
+    for step in (10, 20):
+        save(tmp_path, step)
+    done: list[str] = []
+
+    def moved(operation: Callable[..., None]) -> Callable[..., None]:
+        def run(source: Path, target: Path) -> None:
+            done.append(Path(target).name)
+            operation(source, target)
+
+        return run
+
+    def fsync(descriptor: int) -> None:
+        if os.fstat(descriptor).st_ino == tmp_path.stat().st_ino:
+            done.append("synced")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", moved(os.rename))
+    monkeypatch.setattr(os, "replace", moved(os.replace))
+    checkpoints.go_back(tmp_path, tmp_path / "step-10")
+    assert done == ["left-step-20", "latest", "synced", "went-back", "synced"]
+
+
 class Threads:
     """A group of ranks, each a thread."""
 
