@@ -1,6 +1,6 @@
 """Cross entropy on one GPU: megalm's, torch's and Liger's, forward and backward, against a bare copy of the logits.
 
-32,768 and 16,384 tokens x 50,304 and 128,256 ids in bf16. No pass can be faster than its traffic: forward reads the
+16,384 to 65,536 tokens x 50,304 and 128,256 ids in bf16. No pass can be faster than its traffic: forward reads the
 logits once, backward reads them and writes their gradient. `of copy` is the traffic that a pass cannot do without over
 its time, as a share of what a copy of the same logits moves a second. Before anything is timed, losses and gradients
 are compared with torch's in fp64 on some of the tokens; what is off is an error.
@@ -19,7 +19,8 @@ from torch import Tensor
 from megalm.errors import main_guard, reason
 from megalm.nn.cross_entropy import cross_entropy
 
-SHAPES = ((32768, 50304), (16384, 50304), (16384, 128256))
+SHAPES = ((65536, 50304), (32768, 50304), (16384, 50304), (16384, 128256))
+"""The first has more than 2^31 logits, beyond 32-bit places."""
 TINY = ((48, 1000),)
 CHECKED = 48
 """Tokens, which fp64 has room for."""
@@ -85,6 +86,7 @@ def measure(loss: Loss, logits: Tensor, labels: Tensor, device: torch.device, re
     try:
         if problem := fault(loss, logits[:CHECKED], labels[:CHECKED]):
             return {"wrong": problem}
+        torch.compiler.reset()  # what has met two shapes is compiled for any; in a run there is one
         leaf = logits.detach().requires_grad_()
         weights = torch.rand(len(labels), device=device)
         forward = statistics.median(time_calls(lambda: loss(leaf, labels), device, repeats))

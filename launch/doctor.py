@@ -167,11 +167,15 @@ def _flash_attention() -> Iterator[Finding]:
             "pip uninstall flash-attn-3; build it from source (https://github.com/Dao-AILab/flash-attention, hopper/)"
         )
         yield Finding("flash-attn 3", WRONG, "PyPI's flash-attn-3 is an empty placeholder", mend)
-    for module, name in (("flash_attn", "flash-attn 2"), ("flash_attn_interface", "flash-attn 3")):
-        if find_spec(module):
-            yield Finding(name, THERE, "")
-        elif module == "flash_attn":
-            yield Finding(name, OPTIONAL, "source only, needs nvcc: pip install --no-build-isolation flash-attn")
+    two = find_spec("flash_attn")
+    if two and two.origin:  # a folder without a module of its own is flash-attn 4's
+        yield Finding("flash-attn 2", THERE, "")
+    else:
+        yield Finding("flash-attn 2", OPTIONAL, "source only, needs nvcc: pip install --no-build-isolation flash-attn")
+    if find_spec("flash_attn_interface"):
+        yield Finding("flash-attn 3", THERE, "")
+    if two and any((Path(place) / "cute").is_dir() for place in two.submodule_search_locations or []):
+        yield Finding("flash-attn 4", THERE, "")
 
 
 def _programs() -> Iterator[Finding]:

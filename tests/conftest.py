@@ -1,7 +1,12 @@
 """Tests marked `gpu` need CUDA; property tests have no deadline, since other processes share the machine."""
 
+import signal
+
 import hypothesis
 import pytest
+
+# A shell's & has what it starts ignore Ctrl-C, and so would the commands that tests start and then interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("megalm", deadline=None)
 hypothesis.settings.load_profile("megalm")

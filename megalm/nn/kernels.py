@@ -10,7 +10,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -344,15 +344,21 @@ _bounds = WeakIdKeyDictionary()
 def segment_bounds(segments: Tensor) -> Tensor:
     """Where segments start in the flattened batch, and its end: [batch, seq] -> [segments + 1], int32.
 
-    On a GPU this waits for the device, because the number of segments is data; once for all blocks, for which a tensor
-    of segments must not be changed in place.
+    On a GPU this waits for the device, because the number of segments is data, unless remember_bounds() was told; once
+    for all blocks, for which a tensor of segments must not be changed in place.
     """
     if segments not in _bounds:
-        _bounds[segments] = _find_bounds(segments)
+        _bounds[segments] = find_bounds(segments)
     return _bounds[segments]
 
 
-def _find_bounds(segments: Tensor) -> Tensor:
+def remember_bounds(segments: Tensor, bounds: Tensor) -> None:
+    """Let segment_bounds() of this very tensor be what was found elsewhere: on the host, which waits for nobody."""
+    _bounds[segments] = bounds
+
+
+def find_bounds(segments: Tensor) -> Tensor:
+    """As segment_bounds()."""
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     begins = starts.flatten().nonzero().flatten()
@@ -436,8 +442,8 @@ BACKENDS = {
         Backend("sdpa_cudnn", _pinned(SDPBackend.CUDNN_ATTENTION), traceable=True),
         Backend(
             "flash2",
-            _flash("flash_attn", -1),
-            module="flash_attn",
+            _flash("flash_attn.flash_attn_interface", -1),  # flash-attn 4 alone has a folder flash_attn as well
+            module="flash_attn.flash_attn_interface",
             install="install flash-attn",
             segments=True,
             window=True,
@@ -547,7 +553,7 @@ def _self_check(backend: Backend, needs: Requirements, compiled: bool = False) -
 
     def run(name: str, dtype: torch.dtype) -> list[Tensor]:
         inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
-        whole = torch.compile(attend, fullgraph=True) if compiled and name == backend.name else attend
+        whole = torch.compile(attend, fullgraph=True, dynamic=False) if compiled and name == backend.name else attend
         out = whole(inputs[0], inputs[1], inputs[2], name)
         return [out.detach(), *torch.autograd.grad(out, inputs, out_gradient.to(dtype))]
 
@@ -613,37 +619,52 @@ NEAR = 1.05
 """Times of two backends that are this close decide nothing: another measurement may put the other first."""
 
 
-def fastest(seconds: dict[str, float]) -> str:
-    """Of backends in the order of BACKENDS, the first whose time is within NEAR of the shortest."""
-    return next(name for name, its in seconds.items() if its <= NEAR * min(seconds.values()))
+APART = 1.25
+"""What a backend that torch.compile leaves outside of a compiled block has against it: the block falls into pieces, and
+what was one pass over memory with their ends becomes copies. A guess on the safe side, until it is measured."""
+
+
+def fastest(seconds: dict[str, float], inside: Collection[str] | None = None) -> str:
+    """Of backends in the order of BACKENDS, the first whose time is within NEAR of the shortest.
+
+    inside: those that torch.compile takes into compiled blocks, where the time of all others counts APART times.
+    """
+    weighed = {name: its if inside is None or name in inside else APART * its for name, its in seconds.items()}
+    return next(name for name, its in weighed.items() if its <= NEAR * min(weighed.values()))
 
 
 def measure(
     names: Sequence[str], needs: Requirements, shape: Shape, rounds: int = 5, calls: int = 4
 ) -> dict[str, float]:
     """Seconds that attention takes forward and backward in each backend, for rows of four documents if they are
-    segmented: the median of `rounds` of `calls`, with the backends in turn. One that fails at this shape is left out.
+    segmented: the median of `rounds` of `calls`, with the backends in turn. One that fails at this shape, or whose
+    gradients are no numbers there (of large batches this is known of cuDNN's), is left out.
     """
     draw = torch.Generator(needs.device).manual_seed(0)
     q, k, v, gradient, mask = _sample(needs, shape, document=-(-shape.seq // 4), std=1.0, draw=draw)
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
-    def seconds(name: str, times: int) -> float:
+    def gradients(name: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attention(q, k, v, mask, name), inputs, gradient)
+
+    def seconds(name: str) -> float:
         begun = _now(needs.device)
-        for _ in range(times):
-            torch.autograd.grad(attention(q, k, v, mask, name), inputs, gradient)
-        return (_now(needs.device) - begun) / times
+        for _ in range(calls):
+            gradients(name)
+        return (_now(needs.device) - begun) / calls
 
     found: dict[str, list[float]] = {}
     for name in names:
         try:
-            seconds(name, 2)  # what is built or tuned at the first call is not part of its time
+            for _ in range(2):  # what is built or tuned at the first call is not part of its time
+                if not all(x.isfinite().all() for x in gradients(name)):
+                    raise FloatingPointError("its gradients are not finite")
             found[name] = []
         except Exception as error:  # whatever a kernel raises, another one can serve
             logger.warning("attention %s fails at the run's shape: %s", name, reason(error))
     for _ in range(rounds):
         for name, its in found.items():
-            its.append(seconds(name, calls))
+            its.append(seconds(name))
     return {name: statistics.median(its) for name, its in found.items()}
 
 

@@ -122,6 +122,7 @@ def require_determinism() -> None:
     """From here on torch takes only kernels that give the same bits in every run, and refuses those without one."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # to find faults with; nobody reads it
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -132,6 +133,13 @@ def compiler_problem(device: torch.device) -> str | None:
     except Exception as error:  # whatever its compilers say
         return f"{reason(error)}: install {'g++' if device.type == 'cpu' else 'Triton and a C compiler'}"
     return None
+
+
+def forget(device: torch.device) -> None:
+    """Give back what torch keeps of a GPU's memory for tensors that are gone, and begin to look for the peak anew."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def memory(device: torch.device) -> int | None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from megalm.nn.adapter import MAGNITUDE, A, B, adapter_of
 from megalm.nn.gate import gates
+from megalm.nn.kernels import find_bounds, remember_bounds
 from megalm.parallel.device import Stopwatch, fetch, send
 from megalm.parallel.groups import Groups, quiet
 from megalm.parallel.state import WEIGHT, Piece, State, pieces
@@ -207,9 +208,9 @@ class Engine(ABC):
         self._loss.keep, self._loss.kept = keep, {}
         batches = []
         for inputs, (_, mask) in self._padded(micro_batches):
-            here = tuple(send(x, self.device) for x in inputs)
+            here = self._send(inputs)
             batches.append((here, (here[3], send(mask, self.device))))
-        self._forward(batches)  # type: ignore[arg-type]
+        self._forward(batches)
         self._loss.keep = None
         return self._loss.kept if self.groups.tensor_rank == 0 else {}
 
@@ -260,10 +261,16 @@ class Engine(ABC):
         scale = count * self.groups.layout.data / total.clamp(min=1)
         weighted = []
         for inputs, (labels, mask) in micro_batches:
-            inputs_here = tuple(send(x, self.device) for x in inputs)
             weights = (send(mask, self.device) * scale).float()
-            weighted.append((inputs_here, (send(labels, self.device), weights)))
-        return weighted, fetch(total)  # type: ignore[return-value]
+            weighted.append((self._send(inputs), (send(labels, self.device), weights)))
+        return weighted, fetch(total)
+
+    def _send(self, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A micro-batch's inputs on the device, and where its segments start, which attention there would wait for."""
+        tokens, segments, positions, samples = (send(x, self.device) for x in inputs)
+        if segments is not inputs[1]:
+            remember_bounds(segments, send(find_bounds(inputs[1]), self.device))
+        return tokens, segments, positions, samples
 
     def named_weights(self, layer_names: Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
         """This stage's parameters under their full names, each at one rank of the pipeline, in an order that is the

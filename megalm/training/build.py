@@ -349,10 +349,12 @@ def choose_attention(
                 window=model.sliding_window or 0,
             ),
         )
+        devices.forget(device)
         if not times:
             return names[0], ""
+        inside = [name for name in times if traces(name, needs)] if config.compiles(device.type) else None
         found = ", ".join(f"{name} {1000 * its:.2f} ms" for name, its in times.items())
-        return fastest(times), f"; measured {found}"
+        return fastest(times, inside), f"; measured {found}"
 
     backend, words = joined.decide(choose)
     model = config.model.model_copy(update={"attention_backend": backend})

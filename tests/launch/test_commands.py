@@ -1,5 +1,6 @@
 """The command as a user types it: what it prints, what it refuses, and how soon."""
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -334,6 +335,21 @@ def test_axes_have_round_numbers() -> None:
     assert report._ticks(1, 2, 6, whole=True) == [1, 2], "there is no step between two steps"
     assert [report._tick(value) for value in report._powers(-0.7, 2.3)] == ["1", "10", "100"]
     assert [report._tick(value) for value in report._powers(0.1, 1.4)] == ["2", "5", "10", "20"]
+
+
+def test_doctor_tells_flash_attn_4_from_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch import doctor
+
+    monkeypatch.syspath_prepend(tmp_path)
+    before = {finding.what: finding.state for finding in doctor._flash_attention()}
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("raise RuntimeError('never imported')")
+    found = {finding.what: finding.state for finding in doctor._flash_attention()}
+    assert found == before | {"flash-attn 4": doctor.THERE}
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise RuntimeError('never imported')")
+    importlib.invalidate_caches()
+    found = {finding.what: finding.state for finding in doctor._flash_attention()}
+    assert found == before | {"flash-attn 2": doctor.THERE, "flash-attn 4": doctor.THERE}
 
 
 def test_doctor_knows_the_wrong_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 """Attention backends against a loop over queries in fp64, and the choice between them."""
 
 import dataclasses
+import importlib
 import inspect
 import math
 import shutil
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,7 +209,11 @@ def fake_flash(module: str, unlimited: int | None, returns_pair: bool) -> types.
     return fake
 
 
-PACKAGES = {"flash2": ("flash_attn", -1), "flash3": ("flash_attn_interface", -1), "flash4": ("flash_attn.cute", None)}
+PACKAGES = {
+    "flash2": ("flash_attn.flash_attn_interface", -1),
+    "flash3": ("flash_attn_interface", -1),
+    "flash4": ("flash_attn.cute", None),
+}
 
 
 def install(monkeypatch: pytest.MonkeyPatch, backend: str, returns_pair: bool = False) -> types.ModuleType:
@@ -257,6 +263,28 @@ def test_torchs_kernel_of_variable_length_is_called_for_what_is_meant(
     varlen_attn.__signature__ = inspect.signature(varlen.varlen_attn)
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     assert difference("sdpa_varlen", MASKS[mask], kv_heads=kv_heads) < 1e-5
+
+
+def test_flash_attn_4_alone_is_not_taken_for_flash_attn_2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its package is a folder in a flash_attn without a module of its own, which imports all the same."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert importlib.import_module("flash_attn.cute")
+        assert BACKENDS["flash4"].refusal(GPU) is None
+        assert "does not import" in (BACKENDS["flash2"].refusal(GPU) or "")
+    finally:
+        for name in ("flash_attn", "flash_attn.cute"):
+            sys.modules.pop(name, None)
+
+
+def test_bounds_that_were_found_elsewhere_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tensor they were given for, and of no other."""
+    segments, other, bounds = torch.zeros(1, 4), torch.zeros(1, 4), torch.tensor([0, 2, 4])
+    kernels.remember_bounds(segments, bounds)
+    assert segment_bounds(segments) is bounds
+    assert segment_bounds(other).tolist() == [0, 4]
 
 
 def test_bounds_of_segments_are_found_once() -> None:
@@ -416,6 +444,30 @@ def test_a_near_tie_is_not_decided_by_a_clock() -> None:
     assert kernels.fastest({"flash3": 1.04, "flash4": 1.0, "sdpa": 3.0}) == "flash3"
     assert kernels.fastest({"flash3": 1.06, "flash4": 1.0, "sdpa": 3.0}) == "flash4"
     assert kernels.fastest({"flash3": 1.06, "flash4": 1.04, "sdpa": 1.0}) == "flash4"
+
+
+def test_a_kernel_that_breaks_a_compiled_block_must_be_faster_by_more() -> None:
+    times = {"flash3": 1.0, "sdpa_cudnn": 1.2, "sdpa": 1.3}
+    assert kernels.fastest(times) == kernels.fastest(times, []) == kernels.fastest(times, list(times)) == "flash3"
+    assert kernels.fastest(times, ["sdpa_cudnn", "sdpa"]) == "flash3", "1.25 against 1.2 is near"
+    assert kernels.fastest(times | {"flash3": 1.1}, ["sdpa_cudnn", "sdpa"]) == "sdpa_cudnn"
+
+
+def test_a_backend_whose_gradients_are_no_numbers_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As cuDNN's were for large batches only, where a self-check of two rows is passed."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        spoilt = (v - v.detach()) * (math.nan if len(v) > 2 else 1.0)
+        return BACKENDS["plain"].run(q, k, v.detach() + spoilt, mask)
+
+    monkeypatch.setitem(BACKENDS, "flash3", dataclasses.replace(BACKENDS["flash3"], run=run))
+    needs = Requirements("cpu", torch.float32, head_dim=8)
+    for batch, left in ((2, ["flash3", "plain"]), (3, ["plain"])):
+        shape = kernels.Shape(batch=batch, seq=20, heads=2, kv_heads=2)
+        assert list(kernels.measure(["flash3", "plain"], needs, shape, rounds=1, calls=1)) == left
+    assert "flash3 fails at the run's shape: its gradients are not finite" in caplog.text
 
 
 def test_backends_are_measured_in_turn_at_the_shape_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,8 @@ def test_the_kernels_of_a_gpu_equal_the_formula(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cross_entropy, "_kernels", lambda device: kernels)
     for z_loss in (0.0, 0.1):
         assert difference(z_loss) < 1e-6
+    with torch.compiler.set_stance("force_eager"):  # where torch gives up compiling
+        assert difference(0.1) < 1e-6
     assert difference(0.01, dtype=torch.bfloat16) < 5e-3
     assert difference(0.01, planted=0.0) > 1e-4
 

@@ -2,7 +2,8 @@
 
 import gzip
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,16 @@ def test_what_is_left_out_is_counted_with_its_lines(task: Task, tmp_path: Path) 
         read_examples(task, path, 64, "refuse")
 
 
+@pytest.fixture
+def usual_recursion_limit() -> Iterator[None]:
+    """Python's own: libraries that other tests use raise it for the whole process."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.usefixtures("usual_recursion_limit")
 def test_values_of_the_wrong_type_are_counted(tokenizer_folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     good = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     deep = [
