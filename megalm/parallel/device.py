@@ -122,7 +122,8 @@ def require_determinism() -> None:
     """From here on torch takes only kernels that give the same bits in every run, and refuses those without one."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # to find faults with; nobody reads it
+    # That is to find faults with: nobody reads what has not been written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def compiler_problem(device: torch.device) -> str | None:
