@@ -62,7 +62,7 @@ def in_slurm(arguments: list[str]) -> int:
         nodes=names,
         ranks_per_node=ranks,
         folder=folder,
-        environment=python_path(dict(os.environ)) | site.environment,
+        environment=site.environment,  # beside each agent's own: nodes and containers differ
         failures=failures(target, number),
         fruitless=fruitless(target, number),
         may_move=site.supervise.requeue == "auto" and record.get("Requeue") == "1",
@@ -84,6 +84,7 @@ def in_slurm(arguments: list[str]) -> int:
 def srun(site: Site, nodes: int) -> list[str]:
     """The start of one task on every node. The job's own options (GPUs, memory) hold for it."""
     options = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"]
+    options.append("--cpu-bind=none")  # one task starts all ranks of a node, which would share its core
     container = [f"--container-image={site.container}"] if site.container else []
     return ["srun", *options, *container, *site.srun]
 
@@ -199,7 +200,7 @@ def here(target: Target, site: Site, ranks: int) -> int:
         nodes=["here"],
         ranks_per_node=ranks,
         folder=folder,
-        environment=python_path(dict(os.environ)) | site.environment,
+        environment=site.environment,  # beside each agent's own: nodes and containers differ
         failures=Counter(),
         address="127.0.0.1",
     )

@@ -40,6 +40,7 @@ _CONSEQUENCES = (
     "Socket Timeout",
     "NCCL communicator was aborted",
     "Timed out waiting",
+    "Watchdog caught collective operation timeout",
 )
 """What ranks say that died because another one had."""
 
@@ -107,7 +108,7 @@ class Supervisor:
         """Args:
         nodes: that are expected to join.
         folder: for this start's files: standard errors, stacks.
-        environment: for every rank.
+        environment: for every rank, beside what its node has.
         failures: of nodes so far; counted on.
         fruitless: ends of the job's earlier starts and attempts since the newest checkpoint; counted on.
         address, port, token: where to listen and what agents must show, if that was agreed before.

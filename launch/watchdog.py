@@ -10,14 +10,21 @@ Note = dict[str, Any]
 """What a rank noted: n (how many notes so far), step (done; None before the loop), since (seconds since 1970), at
 (words)."""
 
-_WAITING = re.compile(
-    r'File "[^"]*(?:torch/distributed/|deepspeed/comm/|pipe/p2p|core/tensor_parallel/mappings)'
-    r'[^"]*", line \d+ in (\w+)'
+_WAITING = (
+    re.compile(
+        r'File "[^"]*(?:torch/distributed/|deepspeed/comm/|pipe/p2p|core/tensor_parallel/mappings)'
+        r'[^"]*", line \d+ in (\w+)'
+    ),
+    # NCCL's collectives return at once: a host waits where it asks for a number that its GPU does not have yet.
+    re.compile(
+        r'File "[^"]*(?:torch/cuda/streams|deepspeed/runtime/utils|megalm/parallel/groups)\.py", line \d+ in (\w+)'
+    ),
+    re.compile(r'File "[^"]*megalm/parallel/(?:device|engine)\.py", line \d+ in (number|take|_gradient_norm|<lambda>)'),
 )
 _RECEIVING = "pipeline receive"
 """Notes that begin so are of a rank that waits for another, whatever its stack shows."""
 _FRAMES = 12
-"""Frames of a stack that are looked at: a rank waits if one of its innermost ones is in a library's communication."""
+"""Frames of a stack that are looked at: a rank waits if one of its innermost ones is in communication."""
 
 
 class Watchdog:
@@ -92,12 +99,16 @@ def diagnose(places: Mapping[int, Note], stacks: Mapping[int, str], nodes: Mappi
 
 
 def waiting(stack: str) -> str | None:
-    """The communication in which a rank's main thread is, or None; `stack`: what faulthandler wrote."""
+    """The communication in which a rank's main thread is, or None; `stack`: what faulthandler wrote.
+
+    Over GPUs a stack does not tell a rank that waits for others from one whose own GPU is stuck: all then wait.
+    """
     for thread in re.split(r"\n\s*\n", stack.strip()):
         innermost = thread.splitlines()[: _FRAMES + 1]
         # faulthandler writes the thread that was interrupted by the signal, the main one, as the current one.
         if innermost and innermost[0].startswith("Current thread"):
             for frame in innermost[1:]:
-                if found := _WAITING.search(frame):
-                    return found.group(1)
+                for pattern in _WAITING:
+                    if found := pattern.search(frame):
+                        return found.group(1)
     return None

@@ -227,11 +227,11 @@ def build_model(
     seed: int | None,
     tensor_rank: int = 0,
     tensor_size: int = 1,
-    finish: Callable[[nn.Module], None] = lambda layer: None,
+    finish: Callable[[nn.Module], object] = lambda layer: None,
 ) -> LayerList:
     """Build every layer, draw its weights (seed: see initialize) and tie what is tied.
 
-    finish: called with each layer when it is drawn, before the next is built (ZeRO 3 leaves a share of it here).
+    finish: called with each layer when it is drawn, before the next is built, to keep less of it.
     """
     built = []
     for spec in specs:

@@ -150,11 +150,12 @@ def memory(device: torch.device) -> int | None:
 
 def local(device: Kind) -> torch.device:
     """This rank's device, made current."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        # DeepSpeed's and torchrun's name for the ranks of this machine; ranks that fight for cores crawl.
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // ranks))
     if device == "cpu":
-        if "OMP_NUM_THREADS" not in os.environ:
-            # DeepSpeed's and torchrun's name for the ranks of this machine; ranks that fight for cores crawl.
-            ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
         return torch.device("cpu")
     index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if index >= count:

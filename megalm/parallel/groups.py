@@ -1,9 +1,10 @@
 """Process groups: the only file that touches torch.distributed's start-up and megatron-core's parallel_state."""
 
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from torch.distributed import distributed_c10d
 
 from megalm.errors import MegalmError, reason
 from megalm.layout import Layout
@@ -155,8 +157,20 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Join the other ranks; without a launcher, start a group of one."""
+_FILES = 65_536
+"""Open files that a rank of thousands may need."""
+WATCHED = timedelta(days=1)
+"""How long a rank waits for others whose launcher ends ranks that get nowhere. That must come first: it knows where all
+of them are, and of those that only waited, NCCL would blame one."""
+
+
+ALONE = timedelta(minutes=30)
+"""The same where nobody watches."""
+
+
+def start(device: torch.device, patience: timedelta = ALONE) -> None:
+    """Join the other ranks; without a launcher, start a group of one. patience: of every group."""
+    _raise_limit_of_files()
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
     # Port 0 lets a group of one take any free port, so that runs beside each other never collide.
@@ -167,8 +181,17 @@ def start(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> N
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with quiet():
         deepspeed.init_distributed(
-            "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout
+            "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False, timeout=patience
         )
+
+
+def _raise_limit_of_files() -> None:
+    """Each group of gloo takes a socket for every rank, and a usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # some systems have a limit of their own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def create(layout: Layout) -> Groups:
@@ -179,7 +202,16 @@ def create(layout: Layout) -> Groups:
         grid = PipelineParallelGrid(topology=topology)
     tensor_group = _megatron_group(layout) if layout.tensor > 1 else grid.get_slice_parallel_group()
     host_group = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+    _share_patience()
     return Groups(layout, rank, grid, tensor_group, host_group)
+
+
+def _share_patience() -> None:
+    """Let every group wait as long as the first one does: by themselves, those of NCCL give up after ten minutes."""
+    main, *others = distributed_c10d._world.pg_map
+    device = torch.device("cuda" if dist.get_backend(main) == "nccl" else "cpu")
+    for group in others:
+        distributed_c10d._set_pg_timeout(main._get_backend(device).options._timeout, group)
 
 
 def _megatron_group(layout: Layout) -> dist.ProcessGroup:

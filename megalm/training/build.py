@@ -113,14 +113,13 @@ def build_engine(
             specs, layers, joined, schedule=parallel.pipeline_schedule, seed=seed, loss=loss
         )
     else:
-        finish = partial(engine.partition, groups=joined, config=settings, dtype=DTYPES[train.precision])
-        module = build_model(
-            specs,
-            seed,
-            layers.tensor_rank,
-            layers.tensor_size,
-            *([finish] if parallel.zero == 3 else []),
-        )
+        dtype = DTYPES[train.precision]
+        # Layer by layer: all ranks of a machine together may not have room for the whole model in fp32.
+        if parallel.zero == 3:
+            finish = partial(engine.partition, groups=joined, config=settings, dtype=dtype)
+        else:
+            finish = partial(torch.nn.Module.to, device=device, dtype=dtype)
+        module = build_model(specs, seed, layers.tensor_rank, layers.tensor_size, finish)
     blocks = [layer for layer in module.modules() if isinstance(layer, Block)]
     if train.fp8:
         for block in blocks:
@@ -184,7 +183,7 @@ def build(planned: Plan, kind: devices.Kind, whereabouts: Whereabouts | None = N
         devices.require_determinism()
     if config.train.fp8:
         float8.require(device)
-    groups.start(device)
+    groups.start(device, groups.WATCHED if whereabouts.are_watched else groups.ALONE)
     joined = groups.create(planned.layout)
     lock = Lock(Path(config.run.directory))
 

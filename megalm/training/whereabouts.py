@@ -29,6 +29,11 @@ class Whereabouts:
     def of_environment(cls) -> "Whereabouts":
         return cls(os.environ.get(FILE))
 
+    @property
+    def are_watched(self) -> bool:
+        """Whether someone looks, who ends ranks that get nowhere."""
+        return self._file is not None
+
     def note(self, at: str) -> None:
         """Say where this rank is from now on."""
         if self._file is None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from launch import job
 from launch.job import fruitless
-from launch.site import Supervision
+from launch.site import Site, Supervision
 from launch.supervisor import Supervisor
 from launch.target import Target
 from launch.watchdog import diagnose, waiting
@@ -242,6 +243,78 @@ def test_a_stack_tells_who_waits() -> None:
     assert found.lines[0] == "rank 2 (n2) is in forward pass of micro-batch 1, step 6, since 30 s"
     assert found.lines[1].startswith("rank 0 (n1) waits in forward pass of micro-batch 1 (all_reduce), step 7")
     assert diagnose({0: note}, {0: STACK}, {}).culprit is None
+
+
+ON_A_GPU = """Current thread 0x00007f (most recent call first):
+  File "/site-packages/megalm/parallel/groups.py", line 109 in maximum
+  File "/site-packages/megalm/parallel/engine.py", line 493 in agree
+"""
+
+
+def test_over_gpus_nobody_is_blamed_where_all_wait_for_a_number() -> None:
+    """NCCL's collectives return at once, so that their frames are in no stack."""
+    note = {"n": 4, "step": 6, "since": time.time() - 30, "at": "update of the weights"}
+    places = {rank: note | {"since": note["since"] - rank} for rank in range(4)}
+    nodes = dict.fromkeys(places, "n1")
+    assert diagnose(places, dict.fromkeys(places, ON_A_GPU), nodes).culprit is None
+    loading = ON_A_GPU.replace("parallel/groups", "data/loader").replace("parallel/engine", "training/loop")
+    assert diagnose(places, {0: ON_A_GPU, 1: ON_A_GPU, 2: loading, 3: ON_A_GPU}, nodes).culprit == 2
+    for frame, function in (
+        ('"/site-packages/torch/cuda/streams.py", line 227 in synchronize', "synchronize"),
+        ('"/repo/megalm/parallel/device.py", line 96 in number', "number"),
+        ('"/repo/megalm/parallel/device.py", line 83 in send', None),
+        ('"/repo/megalm/parallel/engine.py", line 153 in <lambda>', "<lambda>"),
+        ('"/repo/megalm/parallel/engine.py", line 340 in _train', None),
+    ):
+        assert waiting(f"Current thread 0x7f (most recent call first):\n  File {frame}\n") == function
+
+
+def test_the_watchdog_of_nccl_is_not_the_reason(supervise: Supervise, capfd: pytest.CaptureFixture[str]) -> None:
+    """It ends ranks that waited, before the one that they waited for may have ended."""
+    text = """
+    if rank == 1:
+        sys.exit("RuntimeError: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5)")
+    time.sleep(1)
+    if rank == 2:
+        raise ValueError("the true reason")
+    time.sleep(60)
+    """
+    assert supervise(text, restarts=0) == 1
+    assert "rank 2 on n2 ended first" in capfd.readouterr().out
+
+
+def test_ranks_have_what_their_own_node_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what the first node has, nor the host of a container: a batch script's environment reaches agents by srun."""
+    seen: list[dict[str, str]] = []
+
+    def supervisor(*arguments: Any, environment: dict[str, str], **options: Any) -> None:
+        seen.append(environment)
+        raise KeyboardInterrupt
+
+    script = tmp_path / "script.py"
+    script.touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job, "Supervisor", supervisor)
+    monkeypatch.setattr(job.sites, "of_environment", lambda: Site(environment={"NCCL_DEBUG": "WARN"}))
+    monkeypatch.setattr(job.slurm, "hosts", lambda names: ["n1"])
+    monkeypatch.setattr(job.slurm, "call", lambda *arguments: "")
+    monkeypatch.setattr(job.slurm, "job", lambda number: {})
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "RANKS_PER_NODE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(KeyboardInterrupt):
+        job.in_slurm([str(script)])
+    with pytest.raises(KeyboardInterrupt):
+        job.here(Target([str(script)], tmp_path / "run"), Site(environment={"NCCL_DEBUG": "INFO"}), 1)
+    assert seen == [{"NCCL_DEBUG": "WARN"}, {"NCCL_DEBUG": "INFO"}]
+    assert "--cpu-bind=none" in job.srun(Site(), 2)
+
+
+def test_an_agents_environment_is_its_ranks(
+    supervise: Supervise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OF_THE_NODE", "here")
+    assert supervise("open(os.environ['MARK'] + str(rank), 'w').write(os.environ['OF_THE_NODE'])") == 0
+    assert (tmp_path / "mark3").read_text() == "here"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.distributed.ranks import run_ranks
+from tests.distributed.training import config, join
 
 
 def _bounds(copied: bool) -> list[int] | None:
@@ -29,3 +30,30 @@ def _bounds(copied: bool) -> list[int] | None:
 def test_where_segments_start_is_found_before_a_device_would_have_to_tell() -> None:
     assert run_ranks(1, _bounds, True) == [[0, 2, 4, 5, 7, 8]]
     assert run_ranks(1, _bounds, False) == [None], "a CPU finds it when it is asked for"
+
+
+def _left_while_building(zero: int) -> list[set[torch.dtype]]:
+    """On a rank: of what weights of the layers before it are, while each layer is drawn."""
+    from megalm.models import decoder
+    from megalm.training.build import build_engine
+
+    initialize, layers, seen = decoder.initialize, [], []
+
+    def recorded(layer: torch.nn.Module, *arguments: object) -> None:
+        if not next(layer.parameters()).is_meta:  # of which only the shapes are asked
+            seen.append({weight.dtype for before in layers for weight in before.parameters()})
+            layers.append(layer)
+        initialize(layer, *arguments)  # type: ignore[arg-type]
+
+    run = config(parallel={"zero": zero}, train={"precision": "bf16"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "initialize", recorded)
+        build_engine(run, join(run), torch.device("cpu"), lambda norm: True)
+    return seen
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_model_is_never_whole_in_fp32(zero: int) -> None:
+    """Ranks of one machine have its memory between them."""
+    (seen,) = run_ranks(1, _left_while_building, zero)
+    assert seen[0] == set() and seen[1:] == [{torch.bfloat16}] * 6
